@@ -1,0 +1,235 @@
+"""Bundles on disk: what the service loads and training writes.
+
+A bundle is a directory::
+
+    config.json         architecture, noise protocol, class names, preprocessing, provenance
+    model.safetensors   weights (see :mod:`model.weights`)
+    sampler.json        recommended sampling parameters
+    CARD.md             for people: data, recipe, figures
+    manifest.json       sha256 of every file above
+
+The model id is the hash of config.json and model.safetensors, so tuning, calibrating or editing the
+card never changes it. This module reads and checks everything but the tensors, without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, SAMPLER, CARD, MANIFEST = (
+    "config.json",
+    "model.safetensors",
+    "sampler.json",
+    "CARD.md",
+    "manifest.json",
+)
+PREPROCESSING = {"resize": "shorter-side-bicubic", "crop": "center", "range": [-1, 1]}
+BUNDLED = Path(__file__).parent / "bundled"
+"""Models that come with the package."""
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used; the message names the file and the reason.
+
+    ├── BundleMissingFile    a required file, or the directory itself, is not there
+    ├── BundleDamaged        a file differs from its hash, cannot be parsed, or holds non-finite weights
+    ├── BundleTooNew         written by a later version of this format
+    └── BundleShapeMismatch  tensors are missing, unknown, or of another shape than the config says
+    """
+
+
+class BundleMissingFile(BundleError):
+    """A required file is not there."""
+
+
+class BundleDamaged(BundleError):
+    """A file's content cannot be trusted."""
+
+
+class BundleTooNew(BundleError):
+    """The format version is newer than this program."""
+
+
+class BundleShapeMismatch(BundleError):
+    """The weights do not fit the architecture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """The content of config.json: what the model is."""
+
+    name: str
+    """Name that requests use."""
+    flow: FlowConfig
+    """Architecture."""
+    noise: NoiseProtocol
+    """Noise protocol of training and scoring."""
+    class_names: tuple[str, ...] = ()
+    """Names in label order; as many as the flow has classes."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Provenance: free-form record of how the weights were made."""
+
+    def __post_init__(self) -> None:
+        allowed = "1 to 100 of the characters a-z A-Z 0-9 . _ -, not starting with a dot"
+        valid = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+        if not (isinstance(self.name, str) and 0 < len(self.name) <= 100 and set(self.name) <= valid):
+            raise ValueError(f"name: got {self.name!r}, allowed is {allowed}")
+        if self.name.startswith("."):
+            raise ValueError(f"name: got {self.name!r}, allowed is {allowed}")
+        names = self.class_names
+        if len(names) != self.flow.num_classes or not all(isinstance(n, str) and n for n in names):
+            raise ValueError(f"class_names: got {list(names)!r}, allowed is {self.flow.num_classes} names")
+        if len(set(names)) != len(names):
+            raise ValueError(f"class_names: got {list(names)!r}, allowed is each name once")
+
+    def to_json(self) -> bytes:
+        """The bytes of config.json."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "flow": self.flow.to_dict(),
+            "noise": self.noise.to_dict(),
+            "class_names": list(self.class_names),
+            "preprocessing": PREPROCESSING,
+            "training": dict(self.training),
+        }
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, path: Path) -> BundleConfig:
+        """Parse config.json; raises :class:`BundleDamaged` or :class:`BundleTooNew`."""
+        content = parse_json(data, path)
+        version = content.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise BundleDamaged(f"{path}: format_version: got {version!r}, allowed is 1 to {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise BundleTooNew(
+                f"{path}: written in bundle format {version}, this program reads up to {FORMAT_VERSION}; upgrade it"
+            )
+        try:
+            if content["preprocessing"] != PREPROCESSING:
+                raise ValueError(f"preprocessing: got {content['preprocessing']!r}, allowed is {PREPROCESSING!r}")
+            return cls(
+                name=content["name"],
+                flow=FlowConfig.from_dict(content["flow"]),
+                noise=NoiseProtocol.from_dict(content["noise"]),
+                class_names=tuple(content["class_names"]),
+                training=content.get("training", {}),
+            )
+        except KeyError as error:
+            raise BundleDamaged(f"{path}: field {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise BundleDamaged(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle's checked metadata. The weights stay on disk; see :func:`model.weights.load_flow`."""
+
+    path: Path
+    model_id: str
+    config: BundleConfig
+    sampling: SamplingDefaults
+    card: str
+    weights_sha256: str
+
+    @property
+    def name(self) -> str:
+        """Name that requests use."""
+        return self.config.name
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object from a bundle's file; raises :class:`BundleDamaged`."""
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise BundleDamaged(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BundleDamaged(f"{path}: got a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def model_id(config_sha256: str, weights_sha256: str) -> str:
+    """Identity of a model: the hash of its two defining hashes."""
+    return "sha256:" + sha256(f"{config_sha256}\n{weights_sha256}\n".encode())
+
+
+def read_file(directory: Path, name: str) -> bytes:
+    """A file of a bundle; raises :class:`BundleMissingFile`."""
+    try:
+        return (directory / name).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleMissingFile(f"{directory}: {name} is missing; is this a bundle?") from error
+    except OSError as error:
+        raise BundleDamaged(f"{directory / name}: cannot be read: {error}") from error
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """Read and check a bundle's metadata; raises a :class:`BundleError`.
+
+    Every file but the weights is checked against the manifest here; the weights when they are loaded.
+    """
+    if not directory.is_dir():
+        raise BundleMissingFile(f"{directory}: no such directory")
+    hashes = parse_json(read_file(directory, MANIFEST), directory / MANIFEST).get("sha256")
+    if not isinstance(hashes, dict):
+        raise BundleDamaged(f"{directory / MANIFEST}: field 'sha256' is missing")
+    content = {name: read_file(directory, name) for name in (CONFIG, SAMPLER, CARD)}
+    # The version is looked at first: a newer format may well hash other files.
+    config = BundleConfig.from_json(content[CONFIG], directory / CONFIG)
+    for name, data in content.items():
+        if hashes.get(name) != sha256(data):
+            raise BundleDamaged(f"{directory / name}: content does not match its sha256 in {MANIFEST}")
+    if not (directory / WEIGHTS).is_file():
+        raise BundleMissingFile(f"{directory}: {WEIGHTS} is missing")
+    weights_sha256 = str(hashes.get(WEIGHTS))
+    sampler = parse_json(content[SAMPLER], directory / SAMPLER)
+    try:
+        sampling = SamplingDefaults.from_dict(sampler.get("defaults", {}))
+        if sampling.denoise and config.noise.kind != "gaussian":
+            raise ValueError("denoise: got true, allowed is false for a uniform-noise model")
+    except ValueError as error:
+        raise BundleDamaged(f"{directory / SAMPLER}: {error}") from error
+    return Bundle(
+        path=directory,
+        model_id=model_id(str(hashes.get(CONFIG)), weights_sha256),
+        config=config,
+        sampling=sampling,
+        card=content[CARD].decode(errors="replace"),
+        weights_sha256=weights_sha256,
+    )
+
+
+def find_bundles(directory: Path) -> list[Bundle]:
+    """All bundles inside ``directory`` (or the directory itself, when it is one), by name.
+
+    Raises :class:`BundleError` when there is none, when one is unusable, or when two share a name.
+    """
+    if not directory.is_dir():
+        raise BundleMissingFile(f"{directory}: no such directory")
+    if (directory / MANIFEST).is_file():
+        return [read_bundle(directory)]
+    paths = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    if not paths:
+        raise BundleMissingFile(f"{directory}: no bundle in it (a directory with {MANIFEST})")
+    bundles: dict[str, Bundle] = {}
+    for path in paths:
+        bundle = read_bundle(path)
+        if bundle.name in bundles:
+            raise BundleError(f"{path} and {bundles[bundle.name].path}: both are named {bundle.name!r}")
+        bundles[bundle.name] = bundle
+    return [bundles[name] for name in sorted(bundles)]

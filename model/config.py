@@ -1,0 +1,210 @@
+"""What a TarFlow is, as plain frozen data: architecture, noise protocol, sampling defaults.
+
+Nothing here imports torch, so the API side of the service can read and validate a bundle's
+description without it. Every class validates itself on construction and raises ``ValueError``
+with the field's name, the value got and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+NoiseKind = Literal["gaussian", "uniform"]
+GuidanceSchedule = Literal["constant", "linear"]
+GuidanceTarget = Literal["both", "scale", "shift"]
+
+SCHEDULES: tuple[str, ...] = get_args(GuidanceSchedule)
+TARGETS: tuple[str, ...] = get_args(GuidanceTarget)
+MAX_SEED = 2**53 - 1
+"""Largest seed: image i of a request uses seed + i, and JSON numbers are exact up to 2⁵³."""
+
+
+def check(condition: bool, field: str, got: object, allowed: str) -> None:
+    """Raise ``ValueError`` that shows the field, the value got and what is allowed."""
+    if not condition:
+        raise ValueError(f"{field}: got {got!r}, allowed is {allowed}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Record:
+    """Base of the frozen dataclasses below: strict conversion from and to plain mappings."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from a mapping; raises ``ValueError`` for a missing, unknown or invalid field."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{cls.__name__}: got {type(data).__name__}, allowed is an object")
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(data) - known)
+        check(not unknown, f"{cls.__name__} fields", unknown, ", ".join(sorted(known)))
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as a JSON-ready dictionary."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(Record):
+    """Architecture of a TarFlow (arXiv 2412.06329, section 2): everything the weights' shapes depend on."""
+
+    image_size: int
+    """Side of the square image in pixels."""
+    channels: int
+    """Colour channels C of the image: 1 (grey) or 3 (RGB)."""
+    patch_size: int
+    """Side P of a square patch; must divide image_size."""
+    width: int
+    """Width of the transformers (the paper's "channels"); a multiple of head_dim."""
+    num_blocks: int
+    """Number of flow blocks (the paper's T); odd blocks read the patches in reverse order."""
+    layers_per_block: int | tuple[int, ...]
+    """Transformer layers in each block (the paper's K): one number, or one per block (deep-shallow)."""
+    num_classes: int = 0
+    """Number of classes; 0 for an unconditional model."""
+    volume_preserving: bool = False
+    """True for the variant without scales α, which learns the prior's variance instead."""
+    head_dim: int = 64
+    """Size of one attention head."""
+    expansion: int = 4
+    """Hidden width of the MLP as a multiple of width."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers_per_block, list):
+            object.__setattr__(self, "layers_per_block", tuple(self.layers_per_block))
+        for name in ("image_size", "patch_size", "width", "num_blocks", "head_dim", "expansion"):
+            value = getattr(self, name)
+            check(_is_int(value) and value >= 1, name, value, "an integer >= 1")
+        check(self.channels in (1, 3), "channels", self.channels, "1 or 3")
+        check(
+            self.image_size % self.patch_size == 0,
+            "patch_size",
+            self.patch_size,
+            f"a divisor of image_size {self.image_size}",
+        )
+        check(self.num_patches >= 2, "patch_size", self.patch_size, "at least two patches an image")
+        check(
+            self.width % self.head_dim == 0,
+            "width",
+            self.width,
+            f"a multiple of head_dim {self.head_dim}",
+        )
+        check(
+            _is_int(self.num_classes) and self.num_classes >= 0,
+            "num_classes",
+            self.num_classes,
+            "an integer >= 0",
+        )
+        check(isinstance(self.volume_preserving, bool), "volume_preserving", self.volume_preserving, "true or false")
+        layers = self.layers_per_block
+        counts = layers if isinstance(layers, tuple) else (layers,)
+        check(all(_is_int(n) and n >= 1 for n in counts), "layers_per_block", layers, "integers >= 1")
+        if isinstance(layers, tuple):
+            check(
+                len(layers) == self.num_blocks,
+                "layers_per_block",
+                layers,
+                f"one number, or num_blocks = {self.num_blocks} of them",
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Sequence length T = (image_size / P)²."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Values D = C·P² in one patch."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def num_dims(self) -> int:
+        """Values in one image, T·D = C·H·W."""
+        return self.num_patches * self.patch_dim
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of every layer."""
+        return self.width // self.head_dim
+
+    @property
+    def layer_counts(self) -> tuple[int, ...]:
+        """Transformer layers of each block, always one entry per block."""
+        layers = self.layers_per_block
+        return layers if isinstance(layers, tuple) else (layers,) * self.num_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseProtocol(Record):
+    """How the training images were made continuous; it fixes what a likelihood of the model means."""
+
+    kind: NoiseKind
+    """``gaussian``: N(0, std²) was added; ``uniform``: 8-bit values were dequantized with U[0, 1)."""
+    std: float = 0.0
+    """Standard deviation σ of the Gaussian noise on the [-1, 1] pixel scale; 0 for uniform."""
+
+    def __post_init__(self) -> None:
+        check(self.kind in get_args(NoiseKind), "noise.kind", self.kind, "'gaussian' or 'uniform'")
+        if self.kind == "gaussian":
+            check(_is_finite(self.std) and 0 < self.std < 2, "noise.std", self.std, "a number in (0, 2)")
+        else:
+            check(self.std == 0, "noise.std", self.std, "0 when noise.kind is 'uniform'")
+
+    @property
+    def meaning(self) -> str:
+        """One sentence that says what bits/dim of such a model measures."""
+        if self.kind == "gaussian":
+            return (
+                f"density of the image after adding Gaussian noise of standard deviation {self.std:g} on the "
+                "[-1, 1] pixel scale, averaged over draws; not comparable with lossless code lengths"
+            )
+        return (
+            "upper bound on the code length of the 8-bit image (uniform dequantization, log-mean-exp over draws); "
+            "comparable with lossless compressors and published bits/dim"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults(Record):
+    """What a bundle recommends for sampling; a request may override every field."""
+
+    guidance_scale: float = 0.0
+    """Guidance weight w; 0 turns guidance off."""
+    guidance_schedule: GuidanceSchedule = "constant"
+    """``constant`` (w for every patch) or ``linear`` (w·k/(T-1) for patch k, the paper's annealing)."""
+    guidance_target: GuidanceTarget = "both"
+    """Which affine parameter is guided: ``both``, ``scale`` (α) or ``shift`` (μ)."""
+    attention_temperature: float = 1.0
+    """τ that divides the attention logits of the unguided pass."""
+    denoise: bool = False
+    """Whether samples are denoised with Tweedie's formula (Gaussian-noise models only)."""
+
+    def __post_init__(self) -> None:
+        check(
+            _is_finite(self.guidance_scale) and 0 <= self.guidance_scale <= 100,
+            "guidance_scale",
+            self.guidance_scale,
+            "a number in [0, 100]",
+        )
+        check(self.guidance_schedule in SCHEDULES, "guidance_schedule", self.guidance_schedule, " or ".join(SCHEDULES))
+        check(self.guidance_target in TARGETS, "guidance_target", self.guidance_target, ", ".join(TARGETS))
+        check(
+            _is_finite(self.attention_temperature) and 0.01 <= self.attention_temperature <= 100,
+            "attention_temperature",
+            self.attention_temperature,
+            "a number in [0.01, 100]",
+        )
+        check(isinstance(self.denoise, bool), "denoise", self.denoise, "true or false")

@@ -1,0 +1,259 @@
+"""TarFlow, the transformer autoregressive flow, read from leaf to root.
+
+Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329), section 2.
+
+Shape legend: B batch, T patches, D values per patch, C colour channels, H attention heads,
+E size of a head, W transformer width, N patches in the current call (T, or 1 when decoding).
+Log-determinants are in nats, summed over all dimensions of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import FlowConfig
+
+NO_CLASS = -1
+"""Label of a row without a class; its embedding is the mean of the class embeddings."""
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Raise half precisions to float32 and leave float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def patchify(image_BCHW: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) image to (B, T, D) patches in raster order; channel-major inside a patch."""
+    return F.unfold(image_BCHW, patch_size, stride=patch_size).transpose(1, 2).contiguous()
+
+
+def unpatchify(patches_BTD: Tensor, patch_size: int, image_size: int) -> Tensor:
+    """Inverse of :func:`patchify`: (B, T, D) patches to a (B, C, H, W) image."""
+    return F.fold(patches_BTD.transpose(1, 2), image_size, patch_size, stride=patch_size)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one attention layer, preallocated for T patches, owned by the caller."""
+
+    key_BHTE: Tensor
+    value_BHTE: Tensor
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization computed in at least float32, returned in the input's precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with a pre-norm."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x_BNW: Tensor,
+        inverse_temperature: Tensor | None = None,
+        cache: LayerCache | None = None,
+        position: int = 0,
+    ) -> Tensor:
+        """Attend causally; with a cache, row ``position`` is appended to it and sees all rows before.
+
+        ``inverse_temperature`` (B, 1, 1, 1) multiplies the attention logits of each row (1/τ).
+        """
+        B, N, W = x_BNW.shape
+        qkv = self.qkv(self.norm(x_BNW)).view(B, N, 3, W // self.head_dim, self.head_dim)
+        q_BHNE, k_BHNE, v_BHNE = qkv.permute(2, 0, 3, 1, 4)
+        if inverse_temperature is not None:
+            q_BHNE = q_BHNE * inverse_temperature.to(q_BHNE.dtype)
+        if cache is None:
+            y_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, is_causal=True)
+        else:
+            end = position + N
+            cache.key_BHTE[:, :, position:end] = k_BHNE
+            cache.value_BHTE[:, :, position:end] = v_BHNE
+            # One query sees the whole prefix, so the causal mask is needed only when N > 1 from the start.
+            y_BHNE = F.scaled_dot_product_attention(
+                q_BHNE, cache.key_BHTE[:, :, :end], cache.value_BHTE[:, :, :end], is_causal=N > 1
+            )
+        return self.out(y_BHNE.transpose(1, 2).reshape(B, N, W))
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward network with a pre-norm and exact GELU."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width)
+        self.up = nn.Linear(width, width * expansion)
+        self.down = nn.Linear(width * expansion, width)
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(x_BNW))))
+
+
+class Layer(nn.Module):
+    """One transformer layer: attention and MLP, each with a residual connection."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config.width, config.head_dim)
+        self.mlp = MLP(config.width, config.expansion)
+
+    def forward(
+        self,
+        x_BNW: Tensor,
+        inverse_temperature: Tensor | None = None,
+        cache: LayerCache | None = None,
+        position: int = 0,
+    ) -> Tensor:
+        x_BNW = x_BNW + self.attention(x_BNW, inverse_temperature, cache, position)
+        return x_BNW + self.mlp(x_BNW)
+
+
+class Block(nn.Module):
+    """One flow step: z_i = (x_i − μ_i(x_<i))·exp(−α_i(x_<i)), z_0 = x_0 (paper, equation 4).
+
+    ``reverse`` blocks read the patches in opposite order. :meth:`forward` takes and returns image
+    order; :meth:`step`, used to decode, works in the block's own order.
+    """
+
+    def __init__(self, config: FlowConfig, num_layers: int, reverse: bool) -> None:
+        super().__init__()
+        self.reverse = reverse
+        self.volume_preserving = config.volume_preserving
+        self.proj_in = nn.Linear(config.patch_dim, config.width)
+        self.position = nn.Parameter(1e-2 * torch.randn(config.num_patches, config.width))
+        self.class_embedding = (
+            nn.Parameter(1e-2 * torch.randn(config.num_classes, config.width)) if config.num_classes else None
+        )
+        # The casts tell the type checker what nn.ModuleList forgets.
+        self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(config) for _ in range(num_layers)))
+        outputs = config.patch_dim if config.volume_preserving else 2 * config.patch_dim
+        self.proj_out = nn.Linear(config.width, outputs)
+        # Zero output weights: a new block is the identity map up to its bias.
+        nn.init.zeros_(self.proj_out.weight)
+
+    def class_condition(self, y_B: Tensor | None) -> Tensor | None:
+        """Class embeddings as (B, 1, W), or (1, W) when no row has a class, or None without classes."""
+        if self.class_embedding is None:
+            return None
+        mean_W = self.class_embedding.mean(dim=0)
+        if y_B is None:
+            return mean_W.unsqueeze(0)
+        given_BW = self.class_embedding[y_B.clamp(min=0)]
+        return torch.where((y_B < 0).unsqueeze(-1), mean_W, given_BW).unsqueeze(1)
+
+    def _affine(self, hidden_BNW: Tensor) -> tuple[Tensor, Tensor]:
+        """Output layer: log-scale α and shift μ, (B, N, D) each, in at least float32."""
+        out = at_least_float32(self.proj_out(hidden_BNW))
+        if self.volume_preserving:
+            return torch.zeros_like(out), out
+        alpha, mu = out.chunk(2, dim=-1)
+        return alpha, mu
+
+    def in_block_order(self, x_BT: Tensor) -> Tensor:
+        """Change between image order and the block's own order (the change is its own inverse)."""
+        return x_BT.flip(1) if self.reverse else x_BT
+
+    def affine(
+        self, x_BTD: Tensor, y_B: Tensor | None, inverse_temperature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """α and μ (B, T, D) for all patches of a sequence in block order; zero for the first patch."""
+        position_TW = self.position.flip(0) if self.reverse else self.position
+        h_BTW = self.proj_in(x_BTD) + position_TW
+        condition = self.class_condition(y_B)
+        if condition is not None:
+            h_BTW = h_BTW + condition
+        for layer in self.layers:
+            h_BTW = layer(h_BTW, inverse_temperature)
+        # The outputs at patch i are the parameters of patch i+1.
+        alpha, mu = self._affine(h_BTW[:, :-1])
+        return F.pad(alpha, (0, 0, 1, 0)), F.pad(mu, (0, 0, 1, 0))
+
+    def forward(self, x_BTD: Tensor, y_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to noise: returns z (B, T, D) and the log-scale α (B, T, D), both in image order.
+
+        The block's log-determinant is −Σ α.
+        """
+        x_BTD = self.in_block_order(x_BTD)
+        alpha, mu = self.affine(x_BTD, y_B)
+        z_BTD = (x_BTD - mu) * torch.exp(-alpha)
+        return self.in_block_order(z_BTD), self.in_block_order(alpha)
+
+    def step(
+        self,
+        x_BD: Tensor,
+        index: int,
+        condition: Tensor | None,
+        caches: list[LayerCache],
+        inverse_temperature: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Consume the finished patch ``index`` (block order); returns α, μ (B, D) of patch ``index + 1``.
+
+        ``condition`` comes from :meth:`class_condition`; ``caches`` holds one entry per layer.
+        """
+        row = self.position.shape[0] - 1 - index if self.reverse else index
+        h_B1W = (self.proj_in(x_BD) + self.position[row]).unsqueeze(1)
+        if condition is not None:
+            h_B1W = h_B1W + condition
+        for layer, cache in zip(self.layers, caches, strict=True):
+            h_B1W = layer(h_B1W, inverse_temperature, cache, index)
+        alpha, mu = self._affine(h_B1W)
+        return alpha.squeeze(1), mu.squeeze(1)
+
+
+class Flow(nn.Module):
+    """The whole flow: an image's patches to latents z with prior N(0, prior_variance)."""
+
+    prior_variance: Tensor
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        blocks = [Block(config, n, reverse=bool(i % 2)) for i, n in enumerate(config.layer_counts)]
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
+        # (T, D); stays at one unless the flow is volume preserving.
+        self.register_buffer("prior_variance", torch.ones(config.num_patches, config.patch_dim))
+
+    def trace(self, x_BTD: Tensor, y_B: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Per block the pair (z, α), both (B, T, D) in image order; the last z is the latent."""
+        steps = []
+        for block in self.blocks:
+            x_BTD, alpha = block(x_BTD, y_B)
+            steps.append((x_BTD, alpha))
+        return steps
+
+    def forward(self, x_BTD: Tensor, y_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Patches (B, T, D) to latents z (B, T, D) and logdet (B,) in nats, summed per image.
+
+        ``y_B`` holds class indices with :data:`NO_CLASS` for none; ``None`` means no class for all.
+        """
+        logdet_B = torch.zeros(x_BTD.shape[0], dtype=at_least_float32(x_BTD).dtype, device=x_BTD.device)
+        for block in self.blocks:
+            x_BTD, alpha = block(x_BTD, y_B)
+            logdet_B = logdet_B - alpha.sum(dim=(1, 2))
+        return x_BTD, logdet_B
+
+    def patchify(self, image_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) images to (B, T, D) patches."""
+        return patchify(image_BCHW, self.config.patch_size)
+
+    def unpatchify(self, patches_BTD: Tensor) -> Tensor:
+        """(B, T, D) patches to (B, C, H, W) images."""
+        return unpatchify(patches_BTD, self.config.patch_size, self.config.image_size)

@@ -1,0 +1,213 @@
+"""Image files to 8-bit arrays and back, with an account of every change made on the way.
+
+Pillow and numpy only: API processes decode uploads without torch. What Pillow makes of a file is
+never trusted: size is checked before a pixel is decoded, and whatever a damaged file provokes in a
+decoder surfaces as one :class:`ImageError`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Format = Literal["png", "jpeg", "webp"]
+READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+DEFAULT_MAX_PIXELS = 32_000_000
+BACKGROUND = (255, 255, 255)
+
+# Our own limit is checked before decoding, and it is stricter than Pillow's, which only warns.
+Image.MAX_IMAGE_PIXELS = None
+
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    EOFError,
+    AttributeError,
+    NotImplementedError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's decoders have been seen to raise on damaged files."""
+
+
+class ImageError(ValueError):
+    """An upload that is not a usable image. ``code`` is stable, the message is for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change made to an input image: a stable code and a sentence."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded image in mode L, RGB or RGBA, with the changes that decoding made."""
+
+    image: Image.Image
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """8-bit pixels (C, H, W) in a model's size and colours, with all changes since the file."""
+
+    pixels: NDArray[np.uint8]
+    changes: tuple[Change, ...] = field(default=())
+
+
+def load_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decoded:
+    """Decode one image file; raises :class:`ImageError` with a code when it cannot be used.
+
+    Codes: ``empty_image``, ``invalid_image`` (not an image, or damaged), ``image_too_large``,
+    ``animated_image``, ``unsupported_image`` (a pixel format without an honest 8-bit meaning).
+    """
+    if not data:
+        raise ImageError("empty_image", "the file is empty; send the bytes of an image")
+    try:
+        image = Image.open(io.BytesIO(data), formats=READABLE)
+    except _DAMAGE:
+        names = ", ".join(READABLE)
+        raise ImageError("invalid_image", f"the file is not a readable image; readable are {names}") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            "image_too_large", f"the image has {width}x{height} pixels; at most {max_pixels:,} pixels are allowed"
+        )
+    try:
+        # Asking for the number of frames reads the file, so it belongs to the guarded part.
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise ImageError("animated_image", f"the image has {frames} frames; send a single frame")
+        image.load()
+        return _to_eight_bits(image, data)
+    except ImageError:
+        raise
+    except _DAMAGE as error:
+        raise ImageError("invalid_image", f"the image is damaged or truncated: {error}") from None
+
+
+def _to_eight_bits(image: Image.Image, data: bytes) -> Decoded:
+    """Bring any supported Pillow mode to L, RGB or RGBA."""
+    changes: list[Change] = []
+    upright = ImageOps.exif_transpose(image)
+    if upright is not image and image.getexif().get(0x0112, 1) != 1:
+        changes.append(Change("rotated", "rotated as the file's EXIF orientation says"))
+        image = upright
+    is_sixteen_bit_png = data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 24 and data[24] == 16
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError("unsupported_image", "the image has 32-bit values; send 8 or 16 bits per channel")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        changes.append(Change("depth_reduced", "reduced from 16 to 8 bits per channel"))
+    elif is_sixteen_bit_png:
+        changes.append(Change("depth_reduced", "reduced from 16 to 8 bits per channel"))
+    if image.mode == "F":
+        raise ImageError("unsupported_image", "the image has floating-point values; send 8 or 16 bits per channel")
+    if image.mode in ("P", "PA"):
+        transparent = image.mode == "PA" or "transparency" in image.info
+        image = image.convert("RGBA" if transparent else "RGB")
+        changes.append(Change("colour_converted", "palette colours expanded to RGB"))
+    elif image.mode in ("LA", "La", "RGBa") or ("transparency" in image.info and image.mode in ("1", "L", "RGB")):
+        image = image.convert("RGBA")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "RGBA"):
+        changes.append(Change("colour_converted", f"converted from {image.mode} to RGB"))
+        image = image.convert("RGB")
+    return Decoded(image, tuple(changes))
+
+
+def _opaque(image: Image.Image) -> tuple[Image.Image, list[Change]]:
+    """Lay a transparent image on white."""
+    if image.mode != "RGBA":
+        return image, []
+    backdrop = Image.new("RGB", image.size, BACKGROUND)
+    backdrop.paste(image, mask=image.getchannel("A"))
+    extrema = image.getchannel("A").getextrema()
+    if extrema == (255, 255):
+        return backdrop, []
+    return backdrop, [Change("alpha_composited", "transparent pixels were laid on white")]
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether an RGB image has three equal channels, so that reducing it to one loses nothing."""
+    red, green, blue = (np.asarray(channel) for channel in image.split())
+    return bool((red == green).all() and (green == blue).all())
+
+
+def fit_image(decoded: Decoded, image_size: int, channels: int) -> Fitted:
+    """Bring a decoded image to a model's colours and size, saying what was changed.
+
+    The shorter side is scaled to ``image_size`` (bicubic with antialiasing) and the centre cropped.
+    """
+    image, changes = _opaque(decoded.image)
+    changes = [*decoded.changes, *changes]
+    if channels == 1 and image.mode == "RGB":
+        if _is_grey(image):
+            image = image.getchannel(0)
+        else:
+            image = image.convert("L")
+            changes.append(Change("colour_converted", "converted from RGB to grey (ITU-R 601 luma)"))
+    elif channels == 3 and image.mode == "L":
+        image = image.convert("RGB")
+        changes.append(Change("colour_converted", "grey repeated over three channels"))
+    width, height = image.size
+    if (width, height) != (image_size, image_size):
+        crop = "" if width == height else ", centre cropped to a square"
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        changes.append(Change("resized", f"resized from {width}x{height} to {image_size}x{image_size}{crop}"))
+    array = np.asarray(image, dtype=np.uint8)
+    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return Fitted(np.ascontiguousarray(array), tuple(changes))
+
+
+def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
+    """(C, H, W) 8-bit pixels as a Pillow image."""
+    return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def encode_image(pixels: NDArray[np.uint8], file_format: Format) -> bytes:
+    """(C, H, W) 8-bit pixels as the bytes of an image file; PNG and WebP are lossless."""
+    image, buffer = to_pillow(pixels), io.BytesIO()
+    if file_format == "png":
+        image.save(buffer, "PNG")
+    elif file_format == "webp":
+        image.save(buffer, "WEBP", lossless=True)
+    else:
+        image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def grid(images: list[NDArray[np.uint8]], columns: int | None = None, gap: int = 1) -> NDArray[np.uint8]:
+    """Lay (C, H, W) images out as one (C, H', W') picture on a white ground, row by row."""
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(images)))
+    channels, height, width = images[0].shape
+    rows = math.ceil(len(images) / columns)
+    canvas = np.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    return canvas

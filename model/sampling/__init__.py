@@ -1,0 +1,1 @@
+"""Samplers: generators that turn latents into images in bounded slices of work."""

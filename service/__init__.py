@@ -1,0 +1,1 @@
+"""The HTTP service: API, broker and worker processes around a TarFlow."""

@@ -1,0 +1,1 @@
+"""Train and evaluate TarFlow models; needs only what a bare PyTorch image has."""

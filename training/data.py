@@ -1,0 +1,122 @@
+"""Images for training: IDX files (the MNIST family) or folders of images, one per class.
+
+A data set is held as 8-bit arrays in memory. The order of a run's batches depends only on
+(seed, epoch), so a resumed run continues exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.images import ImageError, fit_image, load_image
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+IDX_PREFIX = {"train": "train", "test": "t10k"}
+
+
+class DataError(ValueError):
+    """The data directory cannot be used; the message says what was found and what is expected."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """8-bit images (N, C, H, W) with integer labels (N,) and the classes' names (may be empty)."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def part(self, start: int | None, stop: int | None) -> Images:
+        """The images from ``start`` to ``stop`` (as in a slice)."""
+        return Images(self.pixels[start:stop], self.labels[start:stop], self.class_names)
+
+
+def _read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
+    """One IDX file of unsigned bytes, gzipped or not."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    header = 4 * (1 + num_axes)
+    if len(raw) < header or raw[:4] != bytes((0, 0, 8, num_axes)):
+        raise DataError(f"{path}: not an IDX file of unsigned bytes with {num_axes} axes")
+    shape = struct.unpack(f">{num_axes}I", raw[4:header])
+    if len(raw) - header != int(np.prod(shape)):
+        raise DataError(f"{path}: header says shape {shape}, but {len(raw) - header} bytes follow")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _find_idx(directory: Path, split: str, kind: str) -> Path | None:
+    stem = f"{IDX_PREFIX[split]}-{kind}"
+    for name in (stem, f"{stem}.gz", stem.replace("-idx", ".idx"), stem.replace("-idx", ".idx") + ".gz"):
+        if (directory / name).is_file():
+            return directory / name
+    return None
+
+
+def _load_idx(directory: Path, split: str, image_size: int, channels: int) -> Images:
+    images, labels = _find_idx(directory, split, "images-idx3-ubyte"), _find_idx(directory, split, "labels-idx1-ubyte")
+    if images is None or labels is None:
+        raise DataError(f"{directory}: IDX files of the {split} split are incomplete (need images and labels)")
+    pixels, classes = _read_idx(images, 3), _read_idx(labels, 1)
+    if len(pixels) != len(classes):
+        raise DataError(f"{directory}: {len(pixels)} images but {len(classes)} labels")
+    if pixels.shape[1:] != (image_size, image_size) or channels != 1:
+        raise DataError(
+            f"{directory}: images are {pixels.shape[1]}x{pixels.shape[2]} with 1 channel, "
+            f"but the model expects {image_size}x{image_size} with {channels}"
+        )
+    return Images(pixels[:, None], classes.astype(np.int64))
+
+
+def _load_folders(directory: Path, split: str, image_size: int, channels: int) -> Images:
+    root = directory / split if (directory / split).is_dir() else directory
+    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    if not folders:
+        folders = [root]
+    names: list[str] = []
+    pixels, labels = [], []
+    for folder in folders:
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise DataError(f"{folder}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        for path in files:
+            try:
+                image = load_image(path.read_bytes())
+            except ImageError as error:
+                raise DataError(f"{path}: {error}") from error
+            pixels.append(fit_image(image, image_size, channels).pixels)
+            labels.append(len(names))
+        names.append(folder.name)
+    return Images(np.stack(pixels), np.array(labels, np.int64), tuple(names))
+
+
+def load_images(directory: Path, split: str, image_size: int, channels: int) -> Images:
+    """Load the ``train`` or ``test`` split of a data directory.
+
+    The directory holds IDX files (``train-images-idx3-ubyte[.gz]`` …), or one folder of images per
+    class, optionally inside ``train/`` and ``test/``; a folder of images without subfolders is one
+    class. Images from folders are scaled and centre-cropped to ``image_size``. Raises
+    :class:`DataError` naming the file or folder that cannot be used.
+    """
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such directory")
+    if any(directory.glob("*-images?idx3-ubyte*")):
+        return _load_idx(directory, split, image_size, channels)
+    if split == "test" and not (directory / "test").is_dir():
+        raise DataError(f"{directory}: no test split (expected t10k-* IDX files or a folder named test)")
+    return _load_folders(directory, split, image_size, channels)
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of the images in one epoch, a function of (seed, epoch) alone."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_images)
