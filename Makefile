@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PACKAGES := redis-server dataset-fashion-mnist curl
+DATASET := /usr/share/datasets/fashion-mnist
 # Tests run beside a service and its workers: one thread each keeps them from fighting over cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: serve test check verify lint format redis clean
+.PHONY: serve test check verify lint format tools clean
 
 serve: $(STAMP) ## answer on http://127.0.0.1:8000 with the bundled model
 	$(BIN)/tarflow serve
 
 test: check ## everything that CI runs
 
-check: $(STAMP) redis lint
+check: $(STAMP) tools lint
 	$(ONE_THREAD) $(BIN)/pytest -m "not long"
 
 verify: check ## the long checks too
@@ -34,14 +36,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-redis: ## a real redis-server for the tests
-	@command -v redis-server >/dev/null || { \
+tools: ## what the tests need from the system: a real redis-server, a real data set, curl
+	@if ! command -v redis-server >/dev/null || ! command -v curl >/dev/null || ! test -d $(DATASET); then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server >/dev/null; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(PACKAGES) >/dev/null; \
 	  else \
-	    echo "The tests need a redis-server (6.2 or later) on PATH: install it with your system's packages," >&2; \
-	    echo "for example 'sudo apt-get install redis-server' or 'brew install redis'." >&2; exit 1; \
-	  fi; }
+	    echo "The tests need redis-server (6.2 or later), curl, and Fashion-MNIST in $(DATASET):" >&2; \
+	    echo "on Debian or Ubuntu, 'sudo apt-get install $(PACKAGES)'." >&2; exit 1; \
+	  fi; fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

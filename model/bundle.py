@@ -6,6 +6,7 @@ A bundle is a directory::
     model.safetensors   weights (see :mod:`model.weights`)
     sampler.json        recommended sampling parameters
     CARD.md             for people: data, recipe, figures
+    samples.png         optional: a picture for the card
     manifest.json       sha256 of every file above
 
 The model id is the hash of config.json and model.safetensors, so tuning, calibrating or editing the
@@ -31,6 +32,7 @@ CONFIG, WEIGHTS, SAMPLER, CARD, MANIFEST = (
     "CARD.md",
     "manifest.json",
 )
+SAMPLES = "samples.png"
 PREPROCESSING = {"resize": "shorter-side-bicubic", "crop": "center", "range": [-1, 1]}
 BUNDLED = Path(__file__).parent / "bundled"
 """Models that come with the package."""
@@ -87,6 +89,8 @@ class BundleConfig:
         names = self.class_names
         if len(names) != self.flow.num_classes or not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"class_names: got {list(names)!r}, allowed is {self.flow.num_classes} names")
+        if not isinstance(self.training, Mapping):
+            raise ValueError(f"training: got {self.training!r}, allowed is an object")
         if len(set(names)) != len(names):
             raise ValueError(f"class_names: got {list(names)!r}, allowed is each name once")
 
@@ -140,6 +144,8 @@ class Bundle:
     sampling: SamplingDefaults
     card: str
     weights_sha256: str
+    files: tuple[str, ...]
+    """Names of the files that the manifest lists."""
 
     @property
     def name(self) -> str:
@@ -151,7 +157,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     """A JSON object from a bundle's file; raises :class:`BundleDamaged`."""
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleDamaged(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise BundleDamaged(f"{path}: got a JSON {type(content).__name__}, expected an object")
@@ -174,7 +180,7 @@ def read_file(directory: Path, name: str) -> bytes:
         return (directory / name).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleMissingFile(f"{directory}: {name} is missing; is this a bundle?") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise BundleDamaged(f"{directory / name}: cannot be read: {error}") from error
 
 
@@ -185,12 +191,16 @@ def read_bundle(directory: Path) -> Bundle:
     """
     if not directory.is_dir():
         raise BundleMissingFile(f"{directory}: no such directory")
+    # The version is looked at first: a newer format may well hash, and have, other files.
+    content = {CONFIG: read_file(directory, CONFIG)}
+    config = BundleConfig.from_json(content[CONFIG], directory / CONFIG)
     hashes = parse_json(read_file(directory, MANIFEST), directory / MANIFEST).get("sha256")
     if not isinstance(hashes, dict):
         raise BundleDamaged(f"{directory / MANIFEST}: field 'sha256' is missing")
-    content = {name: read_file(directory, name) for name in (CONFIG, SAMPLER, CARD)}
-    # The version is looked at first: a newer format may well hash other files.
-    config = BundleConfig.from_json(content[CONFIG], directory / CONFIG)
+    if unsafe := [name for name in hashes if Path(name).name != name]:
+        raise BundleDamaged(f"{directory / MANIFEST}: {unsafe[0]!r} is not the name of a file in the bundle")
+    others = {SAMPLER, CARD, *hashes} - {CONFIG, WEIGHTS}
+    content |= {name: read_file(directory, name) for name in sorted(others)}
     for name, data in content.items():
         if hashes.get(name) != sha256(data):
             raise BundleDamaged(f"{directory / name}: content does not match its sha256 in {MANIFEST}")
@@ -211,6 +221,7 @@ def read_bundle(directory: Path) -> Bundle:
         sampling=sampling,
         card=content[CARD].decode(errors="replace"),
         weights_sha256=weights_sha256,
+        files=tuple(sorted(hashes)),
     )
 
 
@@ -223,7 +234,7 @@ def find_bundles(directory: Path) -> list[Bundle]:
         raise BundleMissingFile(f"{directory}: no such directory")
     if (directory / MANIFEST).is_file():
         return [read_bundle(directory)]
-    paths = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    paths = sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))
     if not paths:
         raise BundleMissingFile(f"{directory}: no bundle in it (a directory with {MANIFEST})")
     bundles: dict[str, Bundle] = {}

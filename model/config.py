@@ -33,7 +33,12 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 class Record:
@@ -88,7 +93,7 @@ class FlowConfig(Record):
         for name in ("image_size", "patch_size", "width", "num_blocks", "head_dim", "expansion"):
             value = getattr(self, name)
             check(_is_int(value) and value >= 1, name, value, "an integer >= 1")
-        check(self.channels in (1, 3), "channels", self.channels, "1 or 3")
+        check(_is_int(self.channels) and self.channels in (1, 3), "channels", self.channels, "1 or 3")
         check(
             self.image_size % self.patch_size == 0,
             "patch_size",
@@ -161,7 +166,7 @@ class NoiseProtocol(Record):
         if self.kind == "gaussian":
             check(_is_finite(self.std) and 0 < self.std < 2, "noise.std", self.std, "a number in (0, 2)")
         else:
-            check(self.std == 0, "noise.std", self.std, "0 when noise.kind is 'uniform'")
+            check(_is_finite(self.std) and self.std == 0, "noise.std", self.std, "0 when noise.kind is 'uniform'")
 
     @property
     def meaning(self) -> str:

@@ -176,7 +176,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """α and μ (B, T, D) for all patches of a sequence in block order; zero for the first patch."""
         position_TW = self.position.flip(0) if self.reverse else self.position
-        h_BTW = self.proj_in(x_BTD) + position_TW
+        h_BTW = self.proj_in(x_BTD.to(self.proj_in.weight.dtype)) + position_TW
         condition = self.class_condition(y_B)
         if condition is not None:
             h_BTW = h_BTW + condition
@@ -209,7 +209,7 @@ class Block(nn.Module):
         ``condition`` comes from :meth:`class_condition`; ``caches`` holds one entry per layer.
         """
         row = self.position.shape[0] - 1 - index if self.reverse else index
-        h_B1W = (self.proj_in(x_BD) + self.position[row]).unsqueeze(1)
+        h_B1W = (self.proj_in(x_BD.to(self.proj_in.weight.dtype)) + self.position[row]).unsqueeze(1)
         if condition is not None:
             h_B1W = h_B1W + condition
         for layer, cache in zip(self.layers, caches, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,11 +18,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 Format = Literal["png", "jpeg", "webp"]
 READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 DEFAULT_MAX_PIXELS = 32_000_000
 BACKGROUND = (255, 255, 255)
+ORIENTATION = 0x0112
+TURNED = range(2, 9)
+"""EXIF orientations other than upright."""
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 # Our own limit is checked before decoding, and it is stricter than Pillow's, which only warns.
 Image.MAX_IMAGE_PIXELS = None
@@ -84,6 +90,13 @@ def load_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decoded:
     """
     if not data:
         raise ImageError("empty_image", "the file is empty; send the bytes of an image")
+    with warnings.catch_warnings():
+        # Pillow warns about odd metadata; only its own warnings are silenced, other threads' are not.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        return _load(data, max_pixels)
+
+
+def _load(data: bytes, max_pixels: int) -> Decoded:
     try:
         image = Image.open(io.BytesIO(data), formats=READABLE)
     except _DAMAGE:
@@ -97,34 +110,50 @@ def load_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decoded:
     try:
         # Asking for the number of frames reads the file, so it belongs to the guarded part.
         frames = getattr(image, "n_frames", 1)
-        if frames > 1:
+        # Phones put a second picture, such as a depth map, behind the photograph (MPO): no animation.
+        if frames > 1 and image.format != "MPO":
             raise ImageError("animated_image", f"the image has {frames} frames; send a single frame")
+        # Asked before loading, because Pillow turns TIFF images, and forgets the tag, while it loads them.
+        orientation, bits = image.getexif().get(ORIENTATION, 1), _bits_per_channel(image, data)
         image.load()
-        return _to_eight_bits(image, data)
+        return _to_eight_bits(image, orientation, bits)
     except ImageError:
         raise
     except _DAMAGE as error:
         raise ImageError("invalid_image", f"the image is damaged or truncated: {error}") from None
 
 
-def _to_eight_bits(image: Image.Image, data: bytes) -> Decoded:
+def _bits_per_channel(image: Image.Image, data: bytes) -> int:
+    """Depth in the file, which Pillow's mode does not tell; 8 for formats that know nothing deeper."""
+    if image.format == "PNG":
+        return data[24]
+    if isinstance(image, TiffImageFile):
+        bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+        if bits > 8 and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            raise ImageError("unsupported_image", f"the image has {bits} bits and white as zero; send black as zero")
+        return int(bits)
+    return 8
+
+
+def _to_eight_bits(image: Image.Image, orientation: object, bits: int) -> Decoded:
     """Bring any supported Pillow mode to L, RGB or RGBA."""
     changes: list[Change] = []
-    upright = ImageOps.exif_transpose(image)
-    if upright is not image and image.getexif().get(0x0112, 1) != 1:
+    if orientation in TURNED:
         changes.append(Change("rotated", "rotated as the file's EXIF orientation says"))
-        image = upright
-    is_sixteen_bit_png = data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 24 and data[24] == 16
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError("unsupported_image", "the image has 32-bit values; send 8 or 16 bits per channel")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-        changes.append(Change("depth_reduced", "reduced from 16 to 8 bits per channel"))
-    elif is_sixteen_bit_png:
-        changes.append(Change("depth_reduced", "reduced from 16 to 8 bits per channel"))
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ImageError("unsupported_image", "the image has floating-point values; send 8 or 16 bits per channel")
+    if bits > 8:
+        values = np.asarray(image, dtype=np.int32) if image.mode.startswith("I") else None
+        if bits != 16 or (values is not None and values.min() < 0):
+            raise ImageError("unsupported_image", f"the image has {bits} bits per channel; send 8, or 16 unsigned")
+        if "transparency" in image.info:
+            raise ImageError(
+                "unsupported_image", "the image has 16 bits and a transparent colour; send an alpha channel"
+            )
+        if values is not None:
+            image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        changes.append(Change("depth_reduced", "reduced from 16 to 8 bits per channel"))
     if image.mode in ("P", "PA"):
         transparent = image.mode == "PA" or "transparency" in image.info
         image = image.convert("RGBA" if transparent else "RGB")

@@ -12,10 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import NoiseProtocol
+from model.config import NoiseKind, NoiseProtocol
 from model.flow import Flow
 
 LOG_2PI = math.log(2 * math.pi)
+LAST = 1 - 2.0**-16
+"""Largest fraction that float32 can add to every 8-bit value."""
 
 
 def to_model_range(pixels: Tensor) -> Tensor:
@@ -23,12 +25,21 @@ def to_model_range(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32) / 127.5 - 1
 
 
-def to_pixels(image: Tensor) -> Tensor:
-    """Float image on the [-1, 1] scale to 8-bit values, clipped and rounded."""
-    return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_pixels(image: Tensor, kind: NoiseKind = "gaussian") -> Tensor:
+    """Float image on the [-1, 1] scale to 8-bit values, clipped; the inverse of :func:`add_noise`.
+
+    Gaussian noise: the nearest value. Uniform dequantization: the value whose unit interval it is in.
+    """
+    levels = ((image + 1) * 128).floor() if kind == "uniform" else ((image + 1) * 127.5).round()
+    return levels.clamp(0, 255).to(torch.uint8)
 
 
-def add_noise(pixels: Tensor, noise: NoiseProtocol, draw: Tensor) -> Tensor:
+def centre_draw(kind: NoiseKind) -> float:
+    """The ``draw`` of :func:`add_noise` that adds no noise: 0, or the centre of the unit interval."""
+    return 0.5 if kind == "uniform" else 0.0
+
+
+def add_noise(pixels: Tensor, noise: NoiseProtocol, draw: Tensor | float) -> Tensor:
     """Make 8-bit images continuous as the model's training did.
 
     ``draw`` has the shape of ``pixels``: standard normal values for a Gaussian-noise model,
@@ -36,7 +47,8 @@ def add_noise(pixels: Tensor, noise: NoiseProtocol, draw: Tensor) -> Tensor:
     """
     if noise.kind == "gaussian":
         return to_model_range(pixels) + noise.std * draw
-    return 2 * (pixels.to(torch.float32) + draw) / 256 - 1
+    # Beyond LAST, float32 would round 255 + draw up to the next 8-bit value.
+    return 2 * (pixels.to(torch.float32) + torch.as_tensor(draw).clamp(max=LAST)) / 256 - 1
 
 
 def prior_terms(z_BTD: Tensor, variance_TD: Tensor) -> Tensor:

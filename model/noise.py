@@ -45,15 +45,15 @@ def latents(seeds: Sequence[int], num_patches: int, patch_dim: int) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float32)).view(len(rows), num_patches, patch_dim)
 
 
-def input_noise(kind: NoiseKind, seed: int, draws: int, shape: tuple[int, ...]) -> Tensor:
+def input_noise(kind: NoiseKind, seed: int, draws: int, shape: tuple[int, ...], first: int = 0) -> Tensor:
     """Noise for K scored copies of an image, (K, *shape) float32: standard normal, or U[0, 1).
 
-    It depends on the seed and the draw, not on the image, so that an image's score does not depend
-    on its place in a request.
+    ``first`` is the number of the first draw. The noise depends on the seed and the draw, not on the
+    image, so that an image's score does not depend on its place in a request.
     """
     count = int(np.prod(shape))
     make = _normal if kind == "gaussian" else _uniform
-    rows = np.stack([make(seed, Stream.INPUT_NOISE, draw, count) for draw in range(draws)])
+    rows = np.stack([make(seed, Stream.INPUT_NOISE, draw, count) for draw in range(first, first + draws)])
     noise = rows.astype(np.float32)
     if kind == "uniform":
         # Rounding to float32 can reach 1, which belongs to the next 8-bit value.

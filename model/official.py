@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +28,21 @@ _RENAMED = {
     "mlp.main.2.": "mlp.down.",
     "attn_blocks.": "layers.",
 }
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+)
+"""What torch's restricted unpickler has been seen to raise on damaged files and files of other kinds."""
 _DROPPED = re.compile(r"blocks\.\d+\.attn_mask")
 
 
@@ -38,8 +55,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointFormatError(f"{path}: expected {_EXPECTED}, found no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        with warnings.catch_warnings():
+            # torch warns about other pickle protocols before it fails on them.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointFormatError(f"{path}: expected {_EXPECTED}, found an unreadable file ({reason})") from error
     if not isinstance(content, Mapping):
@@ -72,13 +92,13 @@ def infer_config(tensors: Mapping[str, Tensor]) -> FlowConfig:
     outputs, _ = shape("blocks.0.proj_out.weight", 2)
     hidden, _ = shape("blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
     indices = [re.match(r"blocks\.(\d+)\.attn_blocks\.(\d+)\.", name) for name in tensors]
-    layers: dict[int, int] = {}
+    layers: dict[int, set[int]] = {}
     for match in filter(None, indices):
-        block, layer = int(match[1]), int(match[2])
-        layers[block] = max(layers.get(block, 0), layer + 1)
-    if sorted(layers) != list(range(len(layers))):
-        raise CheckpointFormatError(f"expected {_EXPECTED}: blocks numbered from 0, found {sorted(layers)}")
-    counts = [layers[i] for i in sorted(layers)]
+        layers.setdefault(int(match[1]), set()).add(int(match[2]))
+    for what, numbers in (("blocks", set(layers)), *((f"layers of block {i}", layers[i]) for i in sorted(layers))):
+        if numbers != set(range(len(numbers))):
+            raise CheckpointFormatError(f"expected {_EXPECTED}: {what} numbered from 0, found {sorted(numbers)}")
+    counts = [len(layers[i]) for i in sorted(layers)]
     sides = {channels: math.isqrt(patch_dim // channels) for channels in (1, 3)}
     fitting = [c for c, side in sides.items() if c * side**2 == patch_dim]
     if len(fitting) != 1 or math.isqrt(num_patches) ** 2 != num_patches:
@@ -97,7 +117,7 @@ def infer_config(tensors: Mapping[str, Tensor]) -> FlowConfig:
             layers_per_block=counts[0] if len(set(counts)) == 1 else tuple(counts),
             num_classes=shape("blocks.0.class_embed", 3)[0] if "blocks.0.class_embed" in tensors else 0,
             volume_preserving=outputs == patch_dim,
-            expansion=hidden // width,
+            expansion=hidden // max(width, 1),
         )
     except ValueError as error:
         raise CheckpointFormatError(f"expected {_EXPECTED}: {error}") from error
@@ -114,9 +134,10 @@ def to_flow(tensors: Mapping[str, Tensor]) -> Flow:
         for old, ours in _RENAMED.items():
             new = new.replace(old, ours)
         renamed[new] = value.squeeze(1) if new.endswith("class_embedding") else value
-    flow = Flow(config)
+    with torch.device("meta"):
+        flow = Flow(config)
     # A checkpoint without `var` belongs to a flow that keeps the standard normal prior.
-    renamed.setdefault("prior_variance", flow.prior_variance)
+    renamed.setdefault("prior_variance", torch.ones(config.num_patches, config.patch_dim))
     expected = {name: tuple(value.shape) for name, value in flow.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in renamed.items()}
     if expected != found:
@@ -124,5 +145,10 @@ def to_flow(tensors: Mapping[str, Tensor]) -> Flow:
         raise CheckpointFormatError(
             f"expected {_EXPECTED}: {wrong} with shape {expected.get(wrong, 'none')}, found {found.get(wrong, 'none')}"
         )
-    flow.load_state_dict({name: value.float() for name, value in renamed.items()})
+    for name, value in renamed.items():
+        if not value.is_floating_point() or value.layout is not torch.strided:
+            raise CheckpointFormatError(
+                f"expected {_EXPECTED}: floating-point values in {name}, found {value.dtype}, {value.layout}"
+            )
+    flow.load_state_dict({name: value.float().contiguous() for name, value in renamed.items()}, assign=True)
     return flow.eval().requires_grad_(False)

@@ -16,6 +16,7 @@ from model.bundle import (
     CONFIG,
     MANIFEST,
     SAMPLER,
+    SAMPLES,
     WEIGHTS,
     Bundle,
     BundleConfig,
@@ -29,55 +30,77 @@ from model.config import SamplingDefaults
 from model.flow import Flow
 
 
-def write_bundle(directory: Path, config: BundleConfig, flow: Flow, sampling: SamplingDefaults, card: str) -> Bundle:
+def write_bundle(
+    directory: Path,
+    config: BundleConfig,
+    flow: Flow,
+    sampling: SamplingDefaults,
+    card: str,
+    samples_png: bytes | None = None,
+) -> Bundle:
     """Write a complete bundle, replacing one that is there; returns what was written.
 
+    ``samples_png`` is a picture that the card may show as ``samples.png``.
     The new directory is built beside the old and swapped in, so a reader never sees half a bundle.
     Raises :class:`BundleDamaged` when a weight is not finite.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
-    _check_finite(tensors, directory)
+    _check_values(tensors, directory)
     files = {
         CONFIG: config.to_json(),
         WEIGHTS: write_safetensors(tensors),
         SAMPLER: (json.dumps({"defaults": sampling.to_dict()}, indent=2) + "\n").encode(),
         CARD: card.encode(),
     }
+    if samples_png is not None:
+        files[SAMPLES] = samples_png
     _replace_files(directory, files)
     return read_bundle(directory)
 
 
-def update_bundle(bundle: Bundle, *, sampling: SamplingDefaults | None = None, card: str | None = None) -> Bundle:
-    """Change a bundle's recommendation or card; its weights, and so its id, stay the same."""
-    files = {name: read_file(bundle.path, name) for name in (CONFIG, WEIGHTS, SAMPLER, CARD)}
+def update_bundle(
+    bundle: Bundle,
+    *,
+    sampling: SamplingDefaults | None = None,
+    card: str | None = None,
+    samples_png: bytes | None = None,
+) -> Bundle:
+    """Change a bundle's recommendation, card or picture; its weights, and so its id, stay the same."""
+    files = {name: read_file(bundle.path, name) for name in bundle.files}
     if sampling is not None:
         content = json.loads(files[SAMPLER])
         files[SAMPLER] = (json.dumps({**content, "defaults": sampling.to_dict()}, indent=2) + "\n").encode()
     if card is not None:
         files[CARD] = card.encode()
+    if samples_png is not None:
+        files[SAMPLES] = samples_png
     _replace_files(bundle.path, files)
     return read_bundle(bundle.path)
 
 
 def _replace_files(directory: Path, files: dict[str, bytes]) -> None:
-    part, old = directory.with_name(directory.name + ".part"), directory.with_name(directory.name + ".old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    # Names with a dot in front, so that what an interruption leaves is not taken for a bundle.
+    part, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for name, data in files.items():
         (part / name).write_bytes(data)
     hashes = {name: sha256(data) for name, data in files.items()}
     (part / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
+    # An `old` that is there now was left by a crash, and until here it may have been the only whole bundle.
+    shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         directory.rename(old)
     part.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _check_values(tensors: dict[str, torch.Tensor], path: Path) -> None:
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise BundleDamaged(f"{path}: weight {name} has values that are not finite")
+    if not bool((tensors["prior_variance"] > 0).all()):
+        raise BundleDamaged(f"{path}: weight prior_variance has values that are not positive")
 
 
 def load_flow(bundle: Bundle, device: torch.device | str = "cpu") -> Flow:
@@ -104,6 +127,6 @@ def load_flow(bundle: Bundle, device: torch.device | str = "cpu") -> Flow:
                 f"{path}: tensor {name} has shape {found.get(name, 'none (missing)')}, "
                 f"the architecture in {CONFIG} has {expected.get(name, 'no such tensor')}"
             )
-    _check_finite(tensors, path)
+    _check_values(tensors, path)
     flow.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return flow.eval().requires_grad_(False).to(device)

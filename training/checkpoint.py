@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training.config import TrainConfig
+from training.data import Images
 
 FILE_NAME = "checkpoint.pt"
+_DAMAGE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    pickle.UnpicklingError,
+)
+"""What PyTorch's restricted unpickler has been seen to raise on files that are not checkpoints."""
 
 
 class CheckpointError(ValueError):
@@ -34,6 +52,8 @@ class TrainState:
     optimizer: dict[str, Any]
     average: dict[str, Tensor]
     average_updates: int
+    data_sha256: str = ""
+    """Hash of the training images and labels; empty in checkpoints that were written without it."""
 
 
 def save_checkpoint(directory: Path, state: TrainState) -> None:
@@ -54,6 +74,49 @@ def load_checkpoint(directory: Path) -> TrainState | None:
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        # PyTorch's own text is many lines of advice about trusting pickles.
+        raise CheckpointError(f"{path}: cannot be continued: damaged, or not a checkpoint of this program") from error
+    try:
         return TrainState(**{**content, "config": TrainConfig.from_dict(content["config"])})
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be continued: {error}") from error
+
+
+def data_fingerprint(images: Images) -> str:
+    """SHA-256 of images and labels: the position in the data means something only in the same data."""
+    digest = hashlib.sha256(repr(images.pixels.shape).encode())
+    digest.update(np.ascontiguousarray(images.pixels).data)
+    digest.update(np.ascontiguousarray(images.labels).data)
+    return digest.hexdigest()
+
+
+def check_continues(directory: Path, state: TrainState, config: TrainConfig, data_sha256: str) -> None:
+    """Refuse to continue a checkpoint as another run; raises :class:`CheckpointError` that says what differs.
+
+    What the weights' training does not depend on may change (name, sampling recommendation), and a
+    run may be made longer or shorter.
+    """
+    free = ("name", "sampling.", "optimization.epochs")
+    ours, theirs = _flatten(config.to_dict()), _flatten(state.config.to_dict())
+    changes = [
+        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and not key.startswith(free)
+    ]
+    advice = "continue it with its own configuration and data, or choose another --out"
+    if changes:
+        raise CheckpointError(f"{directory}: holds a run with another {', '.join(changes)}; {advice}")
+    if state.data_sha256 not in ("", data_sha256):
+        raise CheckpointError(f"{directory}: holds a run on other training images; {advice}")
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -6,6 +6,7 @@ Every invalid value raises ``ValueError`` naming the field, the value got and wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -16,6 +17,21 @@ from model.config import FlowConfig, NoiseProtocol, Record, SamplingDefaults, ch
 
 PRESETS = Path(__file__).parent / "presets"
 Precision = Literal["auto", "bf16", "float32"]
+
+
+def _check_number(record: Record, name: str, low: float, high: float = math.inf, *, or_low: bool = True) -> None:
+    """Refuse a field that is not a finite number in [low, high), or in (low, high) unless ``or_low``."""
+    value = getattr(record, name)
+    # YAML 1.1 reads 1e-3 as text: a number needs its decimal point there (1.0e-3).
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    above = is_number and (value >= low if or_low else value > low)
+    bounds = f"{'>=' if or_low else '>'} {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
+    check(above and value < high, name, value, f"a number {bounds} (in YAML with a decimal point, as in 1.0e-3)")
+
+
+def _check_count(record: Record, name: str, low: int) -> None:
+    value = getattr(record, name)
+    check(isinstance(value, int) and not isinstance(value, bool) and value >= low, name, value, f"an integer >= {low}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +64,13 @@ class Optimization(Record):
     """``bf16`` autocast, ``float32``, or ``auto``: bf16 where a matrix product in it is measured faster."""
 
     def __post_init__(self) -> None:
-        check(isinstance(self.batch_size, int) and self.batch_size >= 1, "batch_size", self.batch_size, ">= 1")
-        check(self.epochs > 0, "epochs", self.epochs, "> 0")
-        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
-        check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, ">= 0")
-        check(self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
-        check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "[0, 1)")
-        check(0 <= self.label_drop < 1, "label_drop", self.label_drop, "[0, 1)")
+        _check_count(self, "batch_size", 1)
+        for name in ("epochs", "learning_rate", "clip_norm"):
+            _check_number(self, name, 0, or_low=False)
+        for name in ("final_learning_rate", "warmup_epochs", "weight_decay"):
+            _check_number(self, name, 0)
+        for name in ("beta1", "beta2", "ema_decay", "label_drop"):
+            _check_number(self, name, 0, 1)
         check(self.precision in get_args(Precision), "precision", self.precision, ", ".join(get_args(Precision)))
 
 
@@ -66,9 +82,13 @@ class DataOptions(Record):
     """Number of training images, counted from the end, that are kept out of training (for calibration)."""
     flip: bool = False
     """Mirror each training image with probability one half."""
+    classes_from_data: bool = False
+    """Take the number of classes and their names from the data (:func:`training.classes.resolve_classes`)."""
 
     def __post_init__(self) -> None:
-        check(isinstance(self.holdout, int) and self.holdout >= 0, "holdout", self.holdout, ">= 0")
+        _check_count(self, "holdout", 0)
+        for name in ("flip", "classes_from_data"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +114,10 @@ class TrainConfig(Record):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        names = self.class_names
+        are_texts = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+        check(are_texts, "class_names", names, "different texts that are not empty (numbers in quotes)")
+        check(isinstance(self.seed, int) and 0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")
         if self.class_names:
             check(
                 len(self.class_names) == self.flow.num_classes,

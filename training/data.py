@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def _read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
     """One IDX file of unsigned bytes, gzipped or not."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     header = 4 * (1 + num_axes)
     if len(raw) < header or raw[:4] != bytes((0, 0, 8, num_axes)):
@@ -70,6 +71,8 @@ def _load_idx(directory: Path, split: str, image_size: int, channels: int) -> Im
     pixels, classes = _read_idx(images, 3), _read_idx(labels, 1)
     if len(pixels) != len(classes):
         raise DataError(f"{directory}: {len(pixels)} images but {len(classes)} labels")
+    if not len(pixels):
+        raise DataError(f"{images}: there are no images in it")
     if pixels.shape[1:] != (image_size, image_size) or channels != 1:
         raise DataError(
             f"{directory}: images are {pixels.shape[1]}x{pixels.shape[2]} with 1 channel, "
@@ -80,7 +83,7 @@ def _load_idx(directory: Path, split: str, image_size: int, channels: int) -> Im
 
 def _load_folders(directory: Path, split: str, image_size: int, channels: int) -> Images:
     root = directory / split if (directory / split).is_dir() else directory
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         folders = [root]
     names: list[str] = []
@@ -92,12 +95,14 @@ def _load_folders(directory: Path, split: str, image_size: int, channels: int) -
         for path in files:
             try:
                 image = load_image(path.read_bytes())
-            except ImageError as error:
+            except (ImageError, OSError) as error:
                 raise DataError(f"{path}: {error}") from error
             pixels.append(fit_image(image, image_size, channels).pixels)
             labels.append(len(names))
         names.append(folder.name)
-    return Images(np.stack(pixels), np.array(labels, np.int64), tuple(names))
+    # Files come class by class; in a fixed shuffled order a holdout counted from the end has all classes.
+    order = epoch_order(len(pixels), seed=0, epoch=0)
+    return Images(np.stack(pixels)[order], np.array(labels, np.int64)[order], tuple(names))
 
 
 def load_images(directory: Path, split: str, image_size: int, channels: int) -> Images:
@@ -105,8 +110,9 @@ def load_images(directory: Path, split: str, image_size: int, channels: int) -> 
 
     The directory holds IDX files (``train-images-idx3-ubyte[.gz]`` …), or one folder of images per
     class, optionally inside ``train/`` and ``test/``; a folder of images without subfolders is one
-    class. Images from folders are scaled and centre-cropped to ``image_size``. Raises
-    :class:`DataError` naming the file or folder that cannot be used.
+    class. Images from folders are scaled and centre-cropped to ``image_size`` and come in a fixed
+    shuffled order, those from IDX files in the file's. Raises :class:`DataError` naming the file or
+    folder that cannot be used.
     """
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory")

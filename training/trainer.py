@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.flow import NO_CLASS, Flow
 from model.likelihood import add_noise, bits_per_dim, prior_terms
-from training.checkpoint import CheckpointError, TrainState, load_checkpoint, save_checkpoint
+from training.checkpoint import TrainState, check_continues, data_fingerprint, load_checkpoint, save_checkpoint
 from training.config import TrainConfig
 from training.data import Images, epoch_order
 from training.optimizer import WeightAverage, bf16_is_faster, learning_rate
@@ -63,6 +63,7 @@ class Trainer:
             raise ValueError(
                 f"data: got {len(self.images)} training images, allowed is >= batch_size {options.batch_size}"
             )
+        self.data_sha256 = data_fingerprint(self.images)
         self.steps_per_epoch = len(self.images) // options.batch_size
         self.total_steps = max(1, round(options.epochs * self.steps_per_epoch))
         torch.manual_seed(config.seed)
@@ -90,14 +91,7 @@ class Trainer:
             self._restore(state)
 
     def _restore(self, state: TrainState) -> None:
-        # A run may be made longer or shorter; anything else that differs makes it another run.
-        if state.config.with_overrides(epochs=self.config.optimization.epochs) != self.config:
-            ours, theirs = self.config.to_dict(), state.config.to_dict()
-            changed = sorted(key for key in ours if ours[key] != theirs[key])
-            raise CheckpointError(
-                f"{self.out}: holds a run with another {', '.join(changed)}; "
-                "continue it with its own configuration or choose another --out"
-            )
+        check_continues(self.out, state, self.config, self.data_sha256)
         self.flow.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         self.average.tensors = {k: v.to(self.device) for k, v in state.average.items()}
@@ -118,6 +112,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             average=self.average.tensors,
             average_updates=self.average.updates,
+            data_sha256=self.data_sha256,
         )
         save_checkpoint(self.out, state)
 

@@ -84,11 +84,12 @@ def decode(flow: Flow, rows: Rows) -> Slices:
             keep = yield Progress(done, num_blocks, fraction)
             if keep is not None:
                 # The cache holds the rows' own pass first and the second pass of guided rows after it.
-                second = torch.isin(decoder.guided, keep).nonzero().squeeze(-1) + len(rows)
+                first, rows = len(rows), rows.select(keep)
+                second = first + torch.searchsorted(decoder.guided, keep[rows.guided])
                 kept = torch.cat([keep, second])
                 for cache in caches:
                     cache.key_BHTE, cache.value_BHTE = cache.key_BHTE[kept], cache.value_BHTE[kept]
-                rows, z_BTD, x_BTD = rows.select(keep), z_BTD[keep], x_BTD[keep]
+                z_BTD, x_BTD = z_BTD[keep], x_BTD[keep]
                 decoder = _BlockDecoder(block, rows)
         x_BTD = block.in_block_order(x_BTD)
     return at_least_float32(x_BTD)

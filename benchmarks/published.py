@@ -1,0 +1,81 @@
+"""Sampling the published way, as a baseline: the weak points that are known of it, on our weights.
+
+Written from the description of the official program: keys and values are kept in lists that are
+concatenated anew for every patch in every layer, guidance takes a separate pass without class, and
+the mean of the class embeddings is computed for every patch. The images are the same as ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.flow import Block, Flow, Layer, at_least_float32
+
+Cache = list[tuple[list[Tensor], list[Tensor]]]
+"""Per layer the keys and the values seen so far, one tensor a patch."""
+
+
+def _layer_step(layer: Layer, x_B1W: Tensor, keys: list[Tensor], values: list[Tensor], temperature: float) -> Tensor:
+    attention = layer.attention
+    batch, _, width = x_B1W.shape
+    qkv = attention.qkv(attention.norm(x_B1W)).view(batch, 1, 3, -1, attention.head_dim)
+    q_BH1E, k_BH1E, v_BH1E = qkv.permute(2, 0, 3, 1, 4)
+    keys.append(k_BH1E)
+    values.append(v_BH1E)
+    y_BH1E = F.scaled_dot_product_attention(
+        q_BH1E, torch.cat(keys, dim=2), torch.cat(values, dim=2), scale=attention.head_dim**-0.5 / temperature
+    )
+    x_B1W = x_B1W + attention.out(y_BH1E.transpose(1, 2).reshape(batch, 1, width))
+    return x_B1W + layer.mlp(x_B1W)
+
+
+def _block_step(
+    block: Block, x_B1D: Tensor, index: int, y_B: Tensor | None, cache: Cache, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """α and μ (B, D) of patch ``index + 1``."""
+    position_TW = block.position.flip(0) if block.reverse else block.position
+    x_B1W = block.proj_in(x_B1D) + position_TW[index : index + 1]
+    if block.class_embedding is not None:
+        mean_1W = block.class_embedding.mean(dim=0, keepdim=True)
+        if y_B is None:
+            x_B1W = x_B1W + mean_1W
+        else:
+            given_BW = block.class_embedding[y_B.clamp(min=0)]
+            x_B1W = x_B1W + torch.where((y_B < 0).unsqueeze(1), mean_1W, given_BW).unsqueeze(1)
+    for layer, (keys, values) in zip(block.layers, cache, strict=True):
+        x_B1W = _layer_step(layer, x_B1W, keys, values, temperature)
+    out_BD = at_least_float32(block.proj_out(x_B1W)).squeeze(1)
+    if block.volume_preserving:
+        return torch.zeros_like(out_BD), out_BD
+    alpha, mu = out_BD.chunk(2, dim=-1)
+    return alpha, mu
+
+
+@torch.no_grad()
+def sample(
+    flow: Flow,
+    latent_BTD: Tensor,
+    y_B: Tensor | None = None,
+    guidance_scale: float = 0.0,
+    linear: bool = False,
+    attention_temperature: float = 1.0,
+) -> Tensor:
+    """Latents u to patches x (B, T, D), with one class, weight, schedule and temperature rule for all rows."""
+    num_patches = flow.config.num_patches
+    x_BTD = latent_BTD * flow.prior_variance.sqrt()
+    for block in reversed(flow.blocks):
+        x_BTD = x_BTD.flip(1) if block.reverse else x_BTD.clone()
+        own: Cache = [([], []) for _ in block.layers]
+        other: Cache = [([], []) for _ in block.layers]
+        for index in range(num_patches - 1):
+            previous = x_BTD[:, index : index + 1]
+            alpha, mu = _block_step(block, previous, index, y_B, own)
+            if guidance_scale:
+                alpha_u, mu_u = _block_step(block, previous, index, None, other, attention_temperature)
+                weight = guidance_scale * (index + 1) / (num_patches - 1) if linear else guidance_scale
+                alpha, mu = alpha + weight * (alpha - alpha_u), mu + weight * (mu - mu_u)
+            x_BTD[:, index + 1] = x_BTD[:, index + 1] * alpha.exp() + mu
+        x_BTD = x_BTD.flip(1) if block.reverse else x_BTD
+    return x_BTD

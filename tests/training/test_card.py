@@ -1,0 +1,85 @@
+"""The model card and its evaluation section."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from training.card import RunFacts, architecture, evaluation_section, render_card, with_evaluation
+from training.config import TrainConfig, load_preset
+
+FACTS = RunFacts(
+    command="tarflow train tiny --data squares --out run",
+    data_name="squares",
+    num_images=40,
+    num_parameters=12_345,
+    step=15,
+    total_steps=15,
+    images_seen=120,
+    skipped_steps=0,
+    seconds=3700.0,
+    precision="bf16",
+    hardware="A processor, 2 threads",
+    torch_version="2.0",
+    bits_per_dim=3.14159,
+)
+
+
+def test_a_card_says_what_a_person_asks(config: TrainConfig) -> None:
+    card = render_card(replace(config, class_names=("left", "right")), FACTS)
+    for text in (
+        "# tiny",
+        "class-conditional",
+        "8x8 grey",
+        "4-16-2-1",
+        "12,345 parameters",
+        "left, right",
+        "Gaussian, σ = 0.1",
+        "guidance 1 (constant)",
+        "denoising on",
+        "`squares`, 40 training images",
+        "the last 4 images",
+        FACTS.command,
+        "AdamW",
+        "120 images, 3.00 epochs",
+        "A processor, 2 threads",
+        "bf16 autocast",
+        "1:01:40",
+        "3.1416",
+        "Not evaluated yet",
+    ):
+        assert text in card
+    assert "not finished" not in card
+    assert "skipped" not in card
+
+
+def test_an_unfinished_run_says_so(config: TrainConfig) -> None:
+    card = render_card(config, replace(FACTS, total_steps=1500, skipped_steps=3, bits_per_dim=None))
+    assert "15 of 1,500: not finished" in card
+    assert "3 skipped as not finite" in card
+    assert "Training bits/dim" not in card
+
+
+def test_deep_shallow_architecture() -> None:
+    flow = replace(load_preset("toy-28").flow, num_blocks=3, layers_per_block=(2, 2, 8))
+    assert architecture(flow) == "4-128-3-(2,2,8)"
+
+
+def test_results_replace_earlier_results(config: TrainConfig) -> None:
+    card = render_card(config, FACTS)
+    assert evaluation_section(card) is None
+    once = with_evaluation(card, "- first")
+    twice = with_evaluation(once, "- second\n")
+    assert evaluation_section(twice) == "- second"
+    assert "first" not in twice
+    assert with_evaluation(twice, "- first") == once
+
+
+@pytest.mark.parametrize("card", ["", "# imported\n\nText.\n"])
+def test_a_card_without_markers_gets_a_section(card: str) -> None:
+    result = with_evaluation(card, "- figures")
+    assert evaluation_section(result) == "- figures"
+    assert result.startswith(card.rstrip())
+    assert result.count("## Evaluation") == 1
+    assert with_evaluation(result, "- figures") == result

@@ -1,0 +1,82 @@
+"""Checkpoints: damaged ones are refused, and so is continuing one as another run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.checkpoint import FILE_NAME, CheckpointError, load_checkpoint
+from training.config import TrainConfig
+from training.data import Images
+from training.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def out(config: TrainConfig, images: Images, tmp_path: Path) -> Path:
+    """A directory with a checkpoint."""
+    Trainer(config, images, tmp_path / "run", CPU).save()
+    return tmp_path / "run"
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_what_was_saved_comes_back(out: Path, config: TrainConfig) -> None:
+    state = load_checkpoint(out)
+    assert state is not None
+    assert (state.config, state.step) == (config, 0)
+    assert [path.name for path in out.iterdir()] == [FILE_NAME]
+
+
+@given(content=st.binary(max_size=200))
+def test_any_other_file_is_refused(content: bytes) -> None:
+    with TemporaryDirectory() as directory:
+        (Path(directory) / FILE_NAME).write_bytes(content)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(Path(directory))
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "pickle of something else"])
+def test_a_damaged_checkpoint_is_named(out: Path, damage: str) -> None:
+    path = out / FILE_NAME
+    if damage == "pickle of something else":
+        torch.save([1, 2, 3], path)
+    else:
+        data = path.read_bytes()
+        path.write_bytes({"empty": b"", "truncated": data[: len(data) // 2], "text": b"hello"}[damage])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: cannot be continued"):
+        load_checkpoint(out)
+
+
+def test_a_checkpoint_without_a_fingerprint_continues(out: Path, config: TrainConfig, images: Images) -> None:
+    content = torch.load(out / FILE_NAME, weights_only=True)
+    del content["data_sha256"], content["config"]["data"]["classes_from_data"]
+    torch.save(content, out / FILE_NAME)
+    assert Trainer(config, images, out, CPU).step == 0
+
+
+def test_another_configuration_is_named_with_both_values(out: Path, config: TrainConfig, images: Images) -> None:
+    with pytest.raises(CheckpointError, match=r"optimization\.batch_size \(8 there, 4 here\)"):
+        Trainer(config.with_overrides(batch_size=4), images, out, CPU)
+    with pytest.raises(CheckpointError, match=r"flow\.width \(16 there, 32 here\)"):
+        Trainer(replace(config, flow=replace(config.flow, width=32)), images, out, CPU)
+
+
+def test_length_name_and_recommendation_may_change(out: Path, config: TrainConfig, images: Images) -> None:
+    changed = config.with_overrides(epochs=9, name="other", guidance_scale=3.0)
+    assert Trainer(changed, images, out, CPU).total_steps == 45
+
+
+def test_other_images_are_refused(out: Path, config: TrainConfig, make_images: Callable[..., Images]) -> None:
+    with pytest.raises(CheckpointError, match="other training images"):
+        Trainer(config, make_images(seed=5), out, CPU)

@@ -1,0 +1,193 @@
+"""The command line: real processes for what signals and imports do, in-process runs for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from model.bundle import BUNDLED, read_bundle
+from model.weights import load_flow
+from training.card import evaluation_section
+from training.checkpoint import FILE_NAME, load_checkpoint
+from training.cli import app, choose_device
+from training.log import read_log
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+DEADLINE = 120.0
+
+
+def invoke(*arguments: object, status: int = 0) -> tuple[str, str]:
+    """Run a command in this process; returns its stdout and stderr."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.stdout, result.stderr
+
+
+def test_a_real_run_is_stopped_continued_and_evaluated(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "training", "train", str(preset_file), "--data", str(idx_data), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--epochs", "100000"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    give_up = time.monotonic() + DEADLINE
+    while len(read_log(out)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
+    assert "checkpoint written; the same command continues the run" in text
+    state = load_checkpoint(out)
+    assert state is not None
+    assert state.step >= 30
+    assert "not finished" in read_bundle(out / "bundle").card
+
+    epochs = state.step // 5 + 2
+    finished = subprocess.run(
+        [*command, "--epochs", str(epochs)], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert f"continuing at step {state.step} of {5 * epochs}" in finished.stdout
+    assert f"finished {5 * epochs} steps" in finished.stdout
+    bundle = read_bundle(out / "bundle")
+    load_flow(bundle)
+    assert f"tarflow train tiny.yaml --data squares --out run --epochs {epochs}" in bundle.card
+    logged = [line["step"] for line in read_log(out)]
+    assert logged == sorted(set(logged))
+    assert logged[-1] == 5 * epochs
+
+    document = json.loads(invoke("evaluate", out / "bundle", "--data", idx_data, "--json")[0])
+    assert document["evaluations"][0]["num_images"] == 20
+
+
+def test_the_commands_are_cheap_to_import_and_list() -> None:
+    code = (
+        "import sys, training.cli; training.cli.app(['train', '--list'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    *presets, has_torch = result.stdout.splitlines()
+    assert [line.split(":")[0] for line in presets] == ["fashion-mnist", "photos-64", "toy-28"]
+    assert has_torch == "False"
+
+
+def test_options_override_the_preset(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    options = ("--epochs", 1, "--batch-size", 4, "--learning-rate", 0.001, "--precision", "bf16", "--seed", 7)
+    invoke(
+        *("train", preset_file, "--data", idx_data, "--out", tmp_path / "run"),
+        *(*options, "--name", "mine", "--sample-every", 4, "--device", "cpu"),
+    )
+    bundle = read_bundle(tmp_path / "run" / "bundle")
+    training = bundle.config.training
+    assert bundle.name == "mine"
+    assert (training["seed"], training["steps"], training["precision"]) == (7, 10, "bf16")
+    assert training["optimization"]["batch_size"] == 4
+    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == [
+        f"step_{n:06d}.png" for n in (4, 8, 10)
+    ]
+    assert "--batch-size 4 --learning-rate 0.001 --precision bf16 --seed 7 --name mine" in bundle.card
+
+
+def test_evaluate_writes_the_card_and_replaces_what_it_wrote(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    invoke("train", preset_file, "--data", idx_data, "--out", out, "--epochs", 1)
+    before = read_bundle(out / "bundle")
+    text, _ = invoke("evaluate", out / "bundle", "--data", idx_data, "--write-card", "--draws", 2)
+    card = read_bundle(out / "bundle")
+    first = evaluation_section(card.card)
+    assert card.model_id == before.model_id
+    assert first is not None
+    # The card says what was printed.
+    printed = [line.strip() for line in text.splitlines() if line.startswith("  ")]
+    assert [line[3:] for line in first.splitlines()] == [line[1:] for line in printed]
+    invoke("evaluate", out / "bundle", "--data", idx_data, "--write-card", "--seed", 100)
+    second = evaluation_section(read_bundle(out / "bundle").card)
+    assert second is not None
+    assert second != first
+    assert "2 noise draws" not in second
+
+
+def test_two_bundles_are_compared(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    bundles = []
+    for seed in (0, 1):
+        invoke("train", preset_file, "--data", idx_data, "--out", tmp_path / str(seed), "--epochs", 1, "--seed", seed)
+        bundles.append(tmp_path / str(seed) / "bundle")
+    text, _ = invoke("evaluate", *bundles, "--data", idx_data)
+    assert "paired difference, tiny" in text
+    assert "95% interval" in text
+    document = json.loads(invoke("evaluate", *bundles, "--data", idx_data, "--json")[0])
+    assert len(document["evaluations"]) == 2
+    low, high = document["paired_differences"][0]["difference"]["interval_95"]
+    assert low < high
+
+
+def test_a_user_s_mistake_is_one_line_and_status_2(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    out, empty = tmp_path / "run", tmp_path / "empty"
+    empty.mkdir()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / FILE_NAME).write_bytes(b"damaged")
+    (tmp_path / "file").write_text("")
+    train, evaluate = ("train", preset_file, "--data", idx_data, "--out"), ("evaluate", "--data", idx_data)
+    mistakes = [
+        (("train", "no-such-preset", "--data", idx_data, "--out", out), "no-such-preset"),
+        (("train", preset_file, "--data", empty, "--out", out), "no images"),
+        (("train", preset_file, "--data", tmp_path / "nowhere", "--out", out), "no such directory"),
+        (("train", "fashion-mnist", "--data", idx_data, "--out", out), "8x8"),
+        ((*train, damaged), "cannot be continued"),
+        ((*train, tmp_path / "file"), "file"),
+        ((*train, out, "--device", "tpu"), "device"),
+        ((*train, out, "--device", "cuda:99"), "device"),
+        ((*train, out, "--precision", "float16"), "precision"),
+        ((*train, out, "--batch-size", "0"), "batch_size"),
+        ((*train, out, "--batch-size", "1000"), "batch_size"),
+        ((*evaluate, out), "no such directory"),
+        ((*evaluate, idx_data), "is this a bundle?"),
+    ]
+    for arguments, expected in mistakes:
+        stdout, stderr = invoke(*arguments, status=2)
+        assert stdout == ""
+        assert len(stderr.splitlines()) == 1, stderr
+        assert stderr.startswith("Error: ")
+        assert expected in stderr
+
+
+def test_another_configuration_is_not_continued(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    train = ("train", preset_file, "--data", idx_data, "--out", tmp_path / "run", "--epochs", 1)
+    invoke(*train)
+    _, stderr = invoke(*train, "--seed", 5, status=2)
+    assert "seed (0 there, 5 here)" in stderr
+
+
+def test_a_diverged_run_ends_with_status_1(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    train = ("train", preset_file, "--data", idx_data, "--out", tmp_path / "run", "--sample-every", 10000)
+    _, stderr = invoke(*train, "--learning-rate", 1e30, "--epochs", 100, status=1)
+    assert stderr.startswith("Error: 50 steps in a row")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_devices() -> None:
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_a_bundled_model_is_found_by_name(monkeypatch: pytest.MonkeyPatch, idx_data: Path, tmp_path: Path) -> None:
+    assert BUNDLED.name == "bundled"
+    inside = tmp_path / "bundled" / "some-model"
+    inside.mkdir(parents=True)
+    monkeypatch.setattr("training.cli.BUNDLED", tmp_path / "bundled")
+    _, stderr = invoke("evaluate", "some-model", "--data", idx_data, status=2)
+    assert "is this a bundle?" in stderr

@@ -1,0 +1,95 @@
+"""Presets: the ones in the package are valid, and every mistake in a file is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from training.config import TrainConfig, load_preset, preset_names
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_reads_and_survives_a_round_trip(name: str) -> None:
+    config = load_preset(name)
+    assert config.name == name
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_presets_cover_the_published_toy_and_photographs() -> None:
+    toy, photos = load_preset("toy-28"), load_preset("photos-64")
+    assert (toy.flow.patch_size, toy.flow.width, toy.flow.layer_counts) == (4, 128, (4, 4, 4, 4))
+    assert (toy.noise.std, toy.optimization.batch_size, toy.optimization.learning_rate) == (0.1, 256, 2e-3)
+    assert (photos.flow.image_size, photos.flow.channels, photos.data.classes_from_data) == (64, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("optimization", "batch_size", 0),
+        ("optimization", "batch_size", 1.5),
+        ("optimization", "epochs", 0),
+        ("optimization", "learning_rate", "1e-3"),
+        ("optimization", "learning_rate", float("inf")),
+        ("optimization", "ema_decay", 1.0),
+        ("optimization", "label_drop", -0.1),
+        ("optimization", "precision", "float16"),
+        ("optimization", "momentum", 0.9),
+        ("data", "holdout", -1),
+        ("data", "flip", "yes"),
+        ("noise", "std", 0),
+        ("flow", "patch_size", 3),
+    ],
+)
+def test_an_invalid_value_is_named(preset: dict[str, Any], section: str, field: str, value: object) -> None:
+    preset[section][field] = value
+    with pytest.raises(ValueError, match=field):
+        TrainConfig.from_dict(preset)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("class_names", ["only one"]),
+        ("class_names", [0, 1]),
+        ("class_names", ["same", "same"]),
+        ("seed", -1),
+        ("colour", "red"),
+        ("data", None),
+    ],
+)
+def test_an_invalid_top_level_field_is_named(preset: dict[str, Any], field: str, value: object) -> None:
+    preset[field] = value
+    with pytest.raises(ValueError, match=field):
+        TrainConfig.from_dict(preset)
+
+
+def test_uniform_noise_cannot_recommend_denoising(preset: dict[str, Any]) -> None:
+    preset["noise"] = {"kind": "uniform"}
+    with pytest.raises(ValueError, match=r"sampling\.denoise"):
+        TrainConfig.from_dict(preset)
+
+
+def test_overrides_find_their_record(config: TrainConfig) -> None:
+    changed = config.with_overrides(epochs=7, flip=True, seed=3, name="other")
+    assert (changed.optimization.epochs, changed.data.flip, changed.seed, changed.name) == (7, True, 3, "other")
+    assert changed.flow == config.flow
+
+
+def test_an_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="fashion-mnist"):
+        load_preset("no-such-preset")
+
+
+def test_a_preset_file_that_is_not_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("name: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml"):
+        load_preset(str(path))
+
+
+def test_a_preset_file_by_path(preset_file: Path, config: TrainConfig) -> None:
+    assert load_preset(str(preset_file)) == config
+    assert yaml.safe_load(preset_file.read_text())["name"] == "tiny"

@@ -1,0 +1,152 @@
+"""CARD.md: what a person wants to know about a model, written by the run that made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import FlowConfig
+from training.config import TrainConfig
+from training.duration import duration
+
+BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
+"""Markers around the section that ``evaluate --write-card`` fills in."""
+_NOT_EVALUATED = "Not evaluated yet: `tarflow evaluate BUNDLE --data DIR --write-card` fills this in."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run did, beside its configuration."""
+
+    command: str
+    """The command that repeats it, with directories by their last name only."""
+    data_name: str
+    """Name of the data directory."""
+    num_images: int
+    """Images trained on, without the holdout."""
+    num_parameters: int
+    """Weights of the flow."""
+    step: int
+    """Steps done."""
+    total_steps: int
+    """Steps of the whole run."""
+    images_seen: int
+    """Images in those steps, repeats included."""
+    skipped_steps: int
+    """Steps left out for a loss or gradient that was not finite."""
+    seconds: float
+    """Time in training steps."""
+    precision: str
+    """``bf16`` (autocast) or ``float32``."""
+    hardware: str
+    """Model name of the device."""
+    torch_version: str
+    """Version of PyTorch."""
+    bits_per_dim: float | None
+    """Mean training bits/dim over the last epoch."""
+
+
+def architecture(flow: FlowConfig) -> str:
+    """The literature's short form patch-width-blocks-layers, as in ``4-128-4-4``."""
+    layers = flow.layers_per_block
+    depth = str(layers) if isinstance(layers, int) else "(" + ",".join(map(str, layers)) + ")"
+    return f"{flow.patch_size}-{flow.width}-{flow.num_blocks}-{depth}"
+
+
+def render_card(config: TrainConfig, facts: RunFacts, *, has_samples: bool = False) -> str:
+    """The whole card as Markdown, its evaluation section still empty."""
+    sections = [
+        f"# {config.name}",
+        _summary(config),
+        *(["![Samples, a column for each class](samples.png)"] if has_samples else []),
+        "## Model",
+        _model(config, facts),
+        "## Data",
+        _data(config, facts),
+        "## Training",
+        f"```\n{facts.command}\n```",
+        _training(config, facts),
+        "## Evaluation",
+        f"{BEGIN}\n{_NOT_EVALUATED}\n{END}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def evaluation_section(card: str) -> str | None:
+    """What stands between a card's markers; ``None`` when it has no results."""
+    before, begin, rest = card.partition(BEGIN)
+    content, end, after = rest.partition(END)
+    del before, after
+    content = content.strip()
+    return content if begin and end and content != _NOT_EVALUATED else None
+
+
+def with_evaluation(card: str, content: str) -> str:
+    """The card with ``content`` between its markers; a card without markers gets a section at its end."""
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        before, after = f"{card.rstrip()}\n\n## Evaluation\n\n", "\n"
+    return f"{before}{BEGIN}\n{content.strip()}\n{END}{after}"
+
+
+def _summary(config: TrainConfig) -> str:
+    flow = config.flow
+    kind = "class-conditional" if flow.num_classes else "unconditional"
+    colours = "grey" if flow.channels == 1 else "colour"
+    return (
+        f"A {kind} TarFlow (arXiv 2412.06329), a normalizing flow with exact likelihoods, "
+        f"for {flow.image_size}x{flow.image_size} {colours} images."
+    )
+
+
+def _model(config: TrainConfig, facts: RunFacts) -> str:
+    flow, noise, sampling = config.flow, config.noise, config.sampling
+    lines = [
+        f"- Architecture: {architecture(flow)} (patch size, width, blocks, layers per block), "
+        f"{facts.num_parameters:,} parameters" + (", volume preserving" if flow.volume_preserving else ""),
+    ]
+    if config.class_names:
+        lines.append(f"- Classes: {', '.join(config.class_names)}")
+    protocol = f"Gaussian, σ = {noise.std:g} on the [-1, 1] pixel scale" if noise.kind == "gaussian" else "uniform"
+    lines += [
+        f"- Noise added to images in training: {protocol}",
+        f"- Recommended sampling: guidance {sampling.guidance_scale:g} ({sampling.guidance_schedule}), "
+        f"attention temperature {sampling.attention_temperature:g}, denoising {'on' if sampling.denoise else 'off'}",
+    ]
+    return "\n".join(lines)
+
+
+def _data(config: TrainConfig, facts: RunFacts) -> str:
+    lines = [f"- Data: `{facts.data_name}`, {facts.num_images:,} training images"]
+    if config.data.holdout:
+        lines.append(f"- Kept out of training: the last {config.data.holdout:,} images of the training split")
+    if config.data.flip:
+        lines.append("- Images are mirrored with probability one half")
+    return "\n".join(lines)
+
+
+def _training(config: TrainConfig, facts: RunFacts) -> str:
+    options = config.optimization
+    label_drop = f", label drop {options.label_drop:g}" if config.flow.num_classes else ""
+    unfinished = "" if facts.step >= facts.total_steps else f" of {facts.total_steps:,}: not finished"
+    skipped = f"; {facts.skipped_steps} skipped as not finite" if facts.skipped_steps else ""
+    lines = [
+        f"- Recipe: AdamW ({options.beta1:g}, {options.beta2:g}), weight decay {options.weight_decay:g}, "
+        f"learning rate {options.learning_rate:g} to {options.final_learning_rate:g} (cosine, "
+        f"{options.warmup_epochs:g} epochs of warm-up), batch {options.batch_size}, "
+        f"gradient norm clipped at {options.clip_norm:g}, average of the weights with decay "
+        f"{options.ema_decay:g}{label_drop}, seed {config.seed}",
+        f"- Steps: {facts.step:,}{unfinished} ({facts.images_seen:,} images, "
+        f"{facts.images_seen / facts.num_images:.2f} epochs){skipped}",
+        f"- Hardware: {facts.hardware}; PyTorch {facts.torch_version}, {_PRECISIONS[facts.precision]}",
+        f"- Time in training steps: {duration(facts.seconds)} (h:mm:ss)",
+    ]
+    if facts.bits_per_dim is not None:
+        lines.append(
+            f"- Training bits/dim: {facts.bits_per_dim:.4f} (mean over the last epoch as it trained, "
+            "before averaging the weights" + (" and with dropped labels)" if label_drop else ")")
+        )
+    return "\n".join(lines)
+
+
+_PRECISIONS = {"bf16": "bf16 autocast", "float32": "float32"}

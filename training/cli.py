@@ -1,0 +1,229 @@
+"""The commands ``train`` and ``evaluate``: options in, one clear line per error out.
+
+Importing this module is cheap; torch is imported when a command runs. The console script mounts
+the same functions.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from model.bundle import BUNDLED, Bundle, read_bundle
+from training.config import load_preset, preset_names
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Train and evaluate TarFlow models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """End the command with one red line and status 2 for what its user can mend, 1 for a diverged run.
+
+    Everything that data, checkpoints, presets and bundles are refused with is a ``ValueError``.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _fail(str(error), 2)
+    except RuntimeError as error:
+        from training.trainer import TrainingDiverged
+
+        if not isinstance(error, TrainingDiverged):
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> None:
+    Console(stderr=True).print(f"Error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of ``--device``; ``auto`` is a GPU where there is one. ``ValueError`` if it is not usable."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, allowed is auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, allowed is auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {name!r}, but {torch.cuda.device_count()} CUDA devices are usable here")
+    return device
+
+
+def _list_presets(requested: bool) -> None:
+    if not requested:
+        return
+    from training.card import architecture
+
+    for name in preset_names():
+        config = load_preset(name)
+        flow, noise = config.flow, config.noise
+        size = f"{flow.image_size}x{flow.image_size} {'grey' if flow.channels == 1 else 'colour'}"
+        classes = "classes from the data" if config.data.classes_from_data else f"{flow.num_classes} classes"
+        level = f" {noise.std:g}" if noise.kind == "gaussian" else ""
+        typer.echo(
+            f"{name}: {size}, {architecture(flow)}, {noise.kind} noise{level}, {classes}, "
+            f"{config.optimization.epochs:g} epochs"
+        )
+    raise typer.Exit
+
+
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Argument(help="Name of a preset (see --list) or path of a preset file.")],
+    data: Annotated[Path, typer.Option(help="Directory with IDX files, or with a folder of images per class.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; one with a checkpoint is continued.")],
+    device: Device = "auto",
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; may change when continuing.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, bf16 or float32.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random in the run.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; the preset's if not given.")] = None,
+    sample_every: Annotated[int | None, typer.Option(min=1, help="Steps between sample grids; an epoch.")] = None,
+    list_presets: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_presets, help="Print the presets and stop.")
+    ] = False,
+) -> None:
+    """Train a model, or continue the run in --out. OUT/bundle is servable after the first epoch.
+
+    SIGTERM and Ctrl-C write a checkpoint and end the command; the same command continues the run.
+    """
+    del list_presets
+    options = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "precision": precision,
+        "seed": seed,
+        "name": name,
+    }
+    overrides = {key: value for key, value in options.items() if value is not None}
+    console = Console()
+    with clear_errors():
+        config = load_preset(preset).with_overrides(**overrides)
+        from training.classes import resolve_classes
+        from training.data import load_images
+        from training.run import Origin, Run
+
+        torch_device = choose_device(device)
+        images = load_images(data, "train", config.flow.image_size, config.flow.channels)
+        config, images = resolve_classes(config, images)
+        origin = Origin(
+            command=_command(preset, data, out, overrides),
+            data_name=data.resolve().name,
+        )
+        run = Run(config, images, out, torch_device, origin=origin, console=console, sample_every=sample_every)
+        trainer = run.trainer
+        start = f"continuing at step {trainer.step}" if trainer.step else "starting"
+        typer.echo(
+            f"{config.name}: {start} of {trainer.total_steps}, {len(trainer.images)} images, "
+            f"{trainer.steps_per_epoch} steps an epoch, {torch_device} in {trainer.precision}"
+        )
+        complete = run.execute()
+    if complete:
+        typer.echo(f"finished {trainer.step} steps; the model is in {out / 'bundle'}")
+    else:
+        typer.echo(f"stopped after step {trainer.step}, checkpoint written; the same command continues the run")
+
+
+def _command(preset: str, data: Path, out: Path, overrides: dict[str, Any]) -> str:
+    """The command that repeats a run, with the last names of its paths."""
+    words = ["tarflow", "train", Path(preset).name, "--data", data.resolve().name, "--out", out.resolve().name]
+    for key, value in overrides.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+@app.command()
+def evaluate(
+    bundles: Annotated[list[str], typer.Argument(help="Bundle directories, or names of models in the package.")],
+    data: Annotated[Path, typer.Option(help="Directory with the data, as for train.")],
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    draws: Annotated[int, typer.Option(min=1, help="Noise draws per image.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N images only.")] = None,
+    train_limit: Annotated[
+        int | None,
+        typer.Option(min=0, help="Training images for the train-test gap; as many as are evaluated. 0: none."),
+    ] = None,
+    no_class: Annotated[bool, typer.Option("--no-class", help="Score without the images' classes.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Image i gets the noise of seed + i.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
+    device: Device = "auto",
+    write_card: Annotated[
+        bool, typer.Option("--write-card", help="Store the figures in the bundles' CARD.md.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Print bits/dim on a test split with its protocol, the train-test gap and, for several bundles,
+    the paired difference of each to the first."""
+    with clear_errors():
+        from model.weights import update_bundle
+        from training.card import with_evaluation
+        from training.evaluate import EvaluationOptions, evaluate_bundle
+        from training.report import differences, lines, markdown, to_json
+
+        options = EvaluationOptions(
+            split=split,
+            draws=draws,
+            limit=limit,
+            train_limit=train_limit,
+            ignore_classes=no_class,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        torch_device = choose_device(device)
+        evaluations = []
+        # The bar goes to stderr, so that stdout holds the results alone.
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+            for bundle in [_find_bundle(text) for text in bundles]:
+                show = partial(_show_progress, progress, progress.add_task(bundle.name, total=None))
+                evaluations.append(evaluate_bundle(bundle, data, options, torch_device, show))
+        if write_card:
+            for evaluation in evaluations:
+                card = with_evaluation(evaluation.bundle.card, markdown(evaluation))
+                update_bundle(evaluation.bundle, card=card)
+        if as_json:
+            typer.echo(json.dumps(to_json(evaluations), indent=2))
+            return
+        for evaluation in evaluations:
+            typer.echo("\n  ".join([f"{evaluation.bundle.name} ({evaluation.bundle.model_id})", *lines(evaluation)]))
+        for line in differences(evaluations):
+            typer.echo(line)
+
+
+def _find_bundle(text: str) -> Bundle:
+    """The bundle in a directory, or the model of that name that comes with the package."""
+    inside = BUNDLED / text
+    return read_bundle(inside if inside.is_dir() and not Path(text).is_dir() else Path(text))
+
+
+def _show_progress(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)

@@ -1,0 +1,235 @@
+"""Bits per dimension of bundles on a data set: test figures, train–test gap, paired differences.
+
+Image i of a split is scored with the noise of ``seed + i``, exactly as the service scores it with
+that seed: draws are independent across images, the same for every model, and do not depend on the
+batch size. The images compared with for the gap get the noise of the same seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.bundle import Bundle
+from model.config import NoiseProtocol
+from model.flow import NO_CLASS, Flow
+from model.likelihood import add_noise, bits_per_dim, combine_draws, log_likelihood
+from model.noise import input_noise
+from model.weights import load_flow
+from training.checkpoint import data_fingerprint
+from training.classes import match_labels
+from training.data import DataError, Images, epoch_order, load_images
+
+Z_95 = 1.959964
+"""Two-sided 95% point of the standard normal distribution."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images with its standard error, in bits/dim."""
+
+    mean: float
+    standard_error: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval (normal approximation)."""
+        return self.mean - Z_95 * self.standard_error, self.mean + Z_95 * self.standard_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What is scored and how; the same for all bundles that are compared."""
+
+    split: str = "test"
+    """``test`` or ``train``."""
+    draws: int = 1
+    """Noise draws per image."""
+    limit: int | None = None
+    """Number of images, from the first; all if not given."""
+    train_limit: int | None = None
+    """Number of training images to compare with; as many as are evaluated if not given, 0 for none."""
+    ignore_classes: bool = False
+    """Score without the images' classes."""
+    seed: int = 0
+    """Image i has the noise of seed + i."""
+    batch_size: int = 128
+    """Images per forward pass."""
+
+    def __post_init__(self) -> None:
+        if self.split not in ("test", "train"):
+            raise ValueError(f"split: got {self.split!r}, allowed is test or train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One bundle's figures on one split."""
+
+    bundle: Bundle
+    """The bundle that was evaluated."""
+    data_name: str
+    """Name of the data directory."""
+    options: EvaluationOptions
+    """What was scored and how."""
+    conditional: bool
+    """Whether each image was scored given its class."""
+    bits: NDArray[np.float64]
+    """Bits/dim of each image, (N,)."""
+    train_bits: NDArray[np.float64] | None
+    """Bits/dim of images that were trained on, to compare with."""
+    no_gap_because: str = ""
+    """Why there are no ``train_bits``."""
+
+    @property
+    def gap(self) -> Estimate | None:
+        """Split minus training images: how much worse the model is on images it has not seen."""
+        if self.train_bits is None:
+            return None
+        ours, theirs = estimate(self.bits), estimate(self.train_bits)
+        return Estimate(ours.mean - theirs.mean, math.hypot(ours.standard_error, theirs.standard_error))
+
+
+def estimate(values: NDArray[np.float64]) -> Estimate:
+    """Mean and standard error of (N,) values; the error of a single value is infinite."""
+    count = len(values)
+    error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
+    return Estimate(float(values.mean()), error)
+
+
+def paired_difference(first: Evaluation, second: Evaluation) -> Estimate:
+    """Second minus first, image by image with the same noise.
+
+    Raises ``ValueError`` when the two figures do not measure the same thing.
+    """
+    ours, theirs = first.bundle.config, second.bundle.config
+    if ours.noise != theirs.noise:
+        raise ValueError(
+            f"{ours.name} and {theirs.name} have different noise protocols "
+            f"({_short(ours.noise)}; {_short(theirs.noise)}): their bits/dim are not comparable"
+        )
+    if (ours.flow.image_size, ours.flow.channels) != (theirs.flow.image_size, theirs.flow.channels):
+        raise ValueError(f"{ours.name} and {theirs.name} score images of different size or colours: not comparable")
+    return estimate(second.bits - first.bits)
+
+
+def _short(noise: NoiseProtocol) -> str:
+    return f"{noise.kind} {noise.std:g}" if noise.kind == "gaussian" else noise.kind
+
+
+def evaluate_bundle(
+    bundle: Bundle,
+    data: Path,
+    options: EvaluationOptions,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Score a bundle on the data's split and, if they are at hand, on images it was trained on.
+
+    ``on_progress`` is told the images scored so far and their whole number. Raises
+    :class:`~training.data.DataError` or :class:`~model.bundle.BundleError`.
+    """
+    config = bundle.config
+    conditional = bool(config.flow.num_classes) and not options.ignore_classes
+    images = load_images(data, options.split, config.flow.image_size, config.flow.channels).part(None, options.limit)
+    if conditional:
+        images = match_labels(images, config.class_names, config.name)
+    try:
+        count = len(images) if options.train_limit is None else options.train_limit
+        trained_on = sample_images(_training_images(bundle, data, options, count), count, options.seed)
+        no_gap_because = ""
+    except DataError as error:
+        trained_on, no_gap_because = None, str(error)
+    flow = load_flow(bundle, device)
+    total, done = len(images) + (len(trained_on) if trained_on else 0), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    def score(scored: Images) -> NDArray[np.float64]:
+        return score_images(
+            flow,
+            scored,
+            config.noise,
+            conditional=conditional,
+            draws=options.draws,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            advance=advance,
+        )
+
+    return Evaluation(
+        bundle=bundle,
+        data_name=data.resolve().name,
+        options=options,
+        conditional=conditional,
+        bits=score(images),
+        train_bits=score(trained_on) if trained_on else None,
+        no_gap_because=no_gap_because,
+    )
+
+
+def _training_images(bundle: Bundle, data: Path, options: EvaluationOptions, count: int) -> Images:
+    """The images the bundle was trained on; :class:`DataError` when ``data`` does not hold just these."""
+    config, provenance = bundle.config, bundle.config.training.get("data", {})
+    if options.split == "train" or count == 0:
+        raise DataError("not asked for")
+    if not {"num_images", "sha256"} <= provenance.keys():
+        raise DataError("the bundle does not say which images it was trained on")
+    images = load_images(data, "train", config.flow.image_size, config.flow.channels)
+    if config.flow.num_classes:
+        images = match_labels(images, config.class_names, config.name)
+    images = images.part(None, provenance["num_images"])
+    if data_fingerprint(images) != provenance["sha256"]:
+        raise DataError("the training images here are not the ones it was trained on")
+    return images
+
+
+def sample_images(images: Images, count: int, seed: int) -> Images:
+    """``count`` images (all, if there are fewer) chosen at random by ``seed``, without repeats."""
+    chosen = np.sort(epoch_order(len(images), seed, epoch=0)[:count])
+    return Images(images.pixels[chosen], images.labels[chosen], images.class_names)
+
+
+@torch.inference_mode()
+def score_images(
+    flow: Flow,
+    images: Images,
+    noise: NoiseProtocol,
+    *,
+    conditional: bool,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 128,
+    advance: Callable[[int], None] = lambda count: None,
+) -> NDArray[np.float64]:
+    """Bits/dim of every image, (N,), computed in the flow's precision on its device.
+
+    ``conditional`` gives each image its label as class, else none. ``advance`` is told the number
+    of images after each batch. Raises ``ValueError`` when seed + N is not a seed.
+    """
+    device, shape = flow.prior_variance.device, images.pixels.shape[1:]
+    results = []
+    for start in range(0, len(images), batch_size):
+        pixels = torch.from_numpy(images.pixels[start : start + batch_size].copy()).to(device)
+        labels = torch.from_numpy(images.labels[start : start + batch_size].copy()).to(device)
+        y_B = labels if conditional else torch.full_like(labels, NO_CLASS)
+        indices = range(start, start + len(pixels))
+        noise_KBCHW = torch.stack([input_noise(noise.kind, seed + i, draws, shape) for i in indices], dim=1)
+        nats_KB = torch.stack(
+            [
+                log_likelihood(flow, flow.patchify(add_noise(pixels, noise, draw_BCHW)), y_B).double()
+                for draw_BCHW in noise_KBCHW.to(device)
+            ]
+        )
+        bits_B = bits_per_dim(combine_draws(nats_KB, noise), flow.config.num_dims, noise)
+        results.append(torch.as_tensor(bits_B).cpu().numpy())
+        advance(len(pixels))
+    return np.concatenate(results)

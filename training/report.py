@@ -1,0 +1,105 @@
+"""An evaluation in words: for the terminal, for programs (JSON) and for the model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.bundle import Bundle
+from training.evaluate import Estimate, Evaluation, estimate, paired_difference
+
+
+def lines(evaluation: Evaluation) -> list[str]:
+    """The evaluation as a short list, the same on the terminal and in CARD.md."""
+    ours = estimate(evaluation.bits)
+    config = evaluation.bundle.config
+    given = "given its class" if evaluation.conditional else "without a class"
+    options = evaluation.options
+    draws = f"{options.draws} noise draw{'s' if options.draws > 1 else ''} an image"
+    text = [
+        f"{options.split} bits/dim: {ours.mean:.4f} ± {ours.standard_error:.4f} (standard error) "
+        f"on {len(evaluation.bits):,} images of {evaluation.data_name}, each {given}",
+        f"protocol: {config.noise.kind} noise, {draws}, image i with the noise of seed {options.seed} + i, float32; "
+        f"{config.noise.meaning}",
+    ]
+    gap = evaluation.gap
+    if evaluation.train_bits is not None and gap is not None:
+        theirs = estimate(evaluation.train_bits)
+        text += [
+            f"train bits/dim: {theirs.mean:.4f} ± {theirs.standard_error:.4f} "
+            f"on {len(evaluation.train_bits):,} images that it was trained on, same noise seeds",
+            f"train–test gap: {_signed(gap)}",
+        ]
+    else:
+        text.append(f"train–test gap: none, {evaluation.no_gap_because}")
+    return text
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """The list as Markdown, for the card."""
+    return "\n".join(f"- {line[0].upper()}{line[1:]}" for line in lines(evaluation))
+
+
+def differences(evaluations: list[Evaluation]) -> list[str]:
+    """One line for each further bundle compared with the first, or why it cannot be compared."""
+    text = []
+    for other in evaluations[1:]:
+        first = evaluations[0]
+        try:
+            difference = paired_difference(first, other)
+        except ValueError as error:
+            text.append(f"no paired difference: {error}")
+        else:
+            text.append(
+                f"paired difference, {_label(other.bundle)} minus {_label(first.bundle)}: {_signed(difference)}; "
+                "same images, same noise"
+            )
+    return text
+
+
+def to_json(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """One JSON document with everything that the text says."""
+    compared = []
+    for other in evaluations[1:]:
+        entry: dict[str, Any] = {"first": evaluations[0].bundle.model_id, "second": other.bundle.model_id}
+        try:
+            entry["difference"] = _estimate_json(paired_difference(evaluations[0], other))
+        except ValueError as error:
+            entry["not_comparable"] = str(error)
+        compared.append(entry)
+    return {"evaluations": [_evaluation_json(e) for e in evaluations], "paired_differences": compared}
+
+
+def _evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
+    options = evaluation.options
+    config, gap, train = evaluation.bundle.config, evaluation.gap, evaluation.train_bits
+    return {
+        "name": config.name,
+        "model_id": evaluation.bundle.model_id,
+        "data": evaluation.data_name,
+        "split": options.split,
+        "num_images": len(evaluation.bits),
+        "conditional": evaluation.conditional,
+        "draws": options.draws,
+        "seed": options.seed,
+        "noise": config.noise.to_dict(),
+        "protocol": config.noise.meaning,
+        "bits_per_dim": _estimate_json(estimate(evaluation.bits)),
+        "train_num_images": None if train is None else len(train),
+        "train_bits_per_dim": None if train is None else _estimate_json(estimate(train)),
+        "no_gap_because": evaluation.no_gap_because or None,
+        "train_test_gap": None if gap is None else _estimate_json(gap),
+    }
+
+
+def _estimate_json(value: Estimate) -> dict[str, Any]:
+    low, high = value.interval
+    return {"mean": value.mean, "standard_error": value.standard_error, "interval_95": [low, high]}
+
+
+def _signed(value: Estimate) -> str:
+    low, high = value.interval
+    return f"{value.mean:+.4f} bits/dim (95% interval {low:+.4f} to {high:+.4f})"
+
+
+def _label(bundle: Bundle) -> str:
+    return f"{bundle.name} ({bundle.model_id.removeprefix('sha256:')[:8]})"

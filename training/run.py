@@ -1,0 +1,175 @@
+"""One training run as a person starts it: trainer, log, display, sample grids, bundle, signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+
+from model.bundle import Bundle, BundleConfig, BundleError, read_bundle
+from model.weights import update_bundle, write_bundle
+from training.card import RunFacts, evaluation_section, render_card, with_evaluation
+from training.config import TrainConfig
+from training.data import Images
+from training.hardware import describe_hardware
+from training.log import RunLog, last_epoch_bits_per_dim
+from training.progress import ProgressDisplay
+from training.samples import Interrupted, write_sample_grid
+from training.trainer import StepReport, Trainer
+
+BUNDLE = "bundle"
+SAMPLES = "samples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a run comes from, for its card; names only, no paths."""
+
+    command: str
+    """The command that repeats the run."""
+    data_name: str
+    """Name of the data directory."""
+
+
+class Run:
+    """Everything around one :class:`Trainer`; construct (which continues a checkpoint), then :meth:`execute`.
+
+    Writes into ``out``: ``checkpoint.pt``, ``log.jsonl``, ``samples/step_XXXXXX.png`` and ``bundle/``,
+    which is complete and servable after its first writing. Raises what the trainer raises, and
+    ``ValueError`` for a name or class names that a bundle cannot have.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        images: Images,
+        out: Path,
+        device: torch.device,
+        *,
+        origin: Origin,
+        console: Console,
+        sample_every: int | None = None,
+    ) -> None:
+        # What a bundle refuses must not surface only after the first hour.
+        BundleConfig(name=config.name, flow=config.flow, noise=config.noise, class_names=config.class_names)
+        self.trainer = Trainer(config, images, out, device)
+        self._config, self._out, self._origin, self._console = config, out, origin, console
+        self._samples_png: bytes | None = None
+        self._sample_every = sample_every or self.trainer.steps_per_epoch
+        self._display = ProgressDisplay(
+            console,
+            resumed_step=self.trainer.step,
+            total_steps=self.trainer.total_steps,
+            batch_size=config.optimization.batch_size,
+        )
+
+    def execute(self) -> bool:
+        """Train until done, or until SIGTERM or SIGINT; returns whether the run is complete."""
+        trainer = self.trainer
+        with RunLog(self._out, trainer.step) as log, self._display, stop_on_signals(trainer):
+
+            def observe(report: StepReport) -> None:
+                log.record(report)
+                self._display.update(report)
+                due = report.step % self._sample_every == 0 and report.step < report.total_steps
+                if due and self._draw_samples():
+                    self.write_bundle()
+
+            complete = trainer.run(observe)
+            if complete:
+                self._draw_samples()
+            self.write_bundle()
+        return complete
+
+    def _draw_samples(self) -> bool:
+        """Write the present step's sample grid; ``False`` when asked to stop meanwhile."""
+        trainer, config = self.trainer, self._config
+        path = self._out / SAMPLES / f"step_{trainer.step:06d}.png"
+        flow = trainer.averaged_flow()
+        try:
+            self._samples_png = write_sample_grid(
+                path, flow, config.noise, config.sampling, lambda: trainer.stop_requested
+            )
+        except Interrupted:
+            return False
+        self._display.note(f"step {trainer.step}: samples in {SAMPLES}/{path.name}")
+        return True
+
+    def write_bundle(self) -> None:
+        """Write ``bundle/`` from the averaged weights.
+
+        Only what determines the weights goes into its configuration, so that the same weights keep
+        their model id; results of an evaluation stay in the card as long as the id does.
+        """
+        trainer, config = self.trainer, self._config
+        directory = self._out / BUNDLE
+        flow = trainer.averaged_flow()
+        facts = RunFacts(
+            command=self._origin.command,
+            data_name=self._origin.data_name,
+            num_images=len(trainer.images),
+            num_parameters=sum(p.numel() for p in flow.parameters()),
+            step=trainer.step,
+            total_steps=trainer.total_steps,
+            images_seen=trainer.images_seen,
+            skipped_steps=trainer.skipped_steps,
+            seconds=trainer.seconds,
+            precision=trainer.precision,
+            hardware=describe_hardware(trainer.device),
+            torch_version=torch.__version__,
+            bits_per_dim=last_epoch_bits_per_dim(self._out),
+        )
+        bundle_config = BundleConfig(
+            name=config.name,
+            flow=config.flow,
+            noise=config.noise,
+            class_names=config.class_names,
+            training={
+                "optimization": config.optimization.to_dict(),
+                "data": {
+                    **config.data.to_dict(),
+                    "name": facts.data_name,
+                    "num_images": facts.num_images,
+                    "sha256": trainer.data_sha256,
+                },
+                "seed": config.seed,
+                "steps": trainer.step,
+                "precision": trainer.precision,
+            },
+        )
+        earlier = _read_earlier(directory)
+        card = render_card(config, facts, has_samples=self._samples_png is not None)
+        bundle = write_bundle(directory, bundle_config, flow, config.sampling, card, self._samples_png)
+        results = evaluation_section(earlier.card) if earlier else None
+        if earlier and results and earlier.model_id == bundle.model_id:
+            update_bundle(bundle, card=with_evaluation(bundle.card, results))
+
+
+def _read_earlier(directory: Path) -> Bundle | None:
+    """The bundle that is about to be replaced, if it is one."""
+    try:
+        return read_bundle(directory)
+    except BundleError:
+        return None
+
+
+@contextmanager
+def stop_on_signals(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the trainer to stop after its step; a second SIGINT interrupts at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        trainer.stop_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
