@@ -7,7 +7,7 @@ A bundle is a directory::
     sampler.json        recommended sampling parameters
     CARD.md             for people: data, recipe, figures
     samples.png         optional: a picture for the card
-    manifest.json       sha256 of every file above
+    manifest.json       sha256 of every file above, and when the bundle was first written
 
 The model id is the hash of config.json and model.safetensors, so tuning, calibrating or editing the
 card never changes it. This module reads and checks everything but the tensors, without torch.
@@ -146,6 +146,8 @@ class Bundle:
     weights_sha256: str
     files: tuple[str, ...]
     """Names of the files that the manifest lists."""
+    created: int
+    """When the bundle was first written, in seconds since 1970 (UTC)."""
 
     @property
     def name(self) -> str:
@@ -194,9 +196,12 @@ def read_bundle(directory: Path) -> Bundle:
     # The version is looked at first: a newer format may well hash, and have, other files.
     content = {CONFIG: read_file(directory, CONFIG)}
     config = BundleConfig.from_json(content[CONFIG], directory / CONFIG)
-    hashes = parse_json(read_file(directory, MANIFEST), directory / MANIFEST).get("sha256")
+    manifest = parse_json(read_file(directory, MANIFEST), directory / MANIFEST)
+    hashes, created = manifest.get("sha256"), manifest.get("created", 0)
     if not isinstance(hashes, dict):
         raise BundleDamaged(f"{directory / MANIFEST}: field 'sha256' is missing")
+    if not isinstance(created, int):
+        raise BundleDamaged(f"{directory / MANIFEST}: created: got {created!r}, allowed is a time in seconds")
     if unsafe := [name for name in hashes if Path(name).name != name]:
         raise BundleDamaged(f"{directory / MANIFEST}: {unsafe[0]!r} is not the name of a file in the bundle")
     others = {SAMPLER, CARD, *hashes} - {CONFIG, WEIGHTS}
@@ -222,6 +227,7 @@ def read_bundle(directory: Path) -> Bundle:
         card=content[CARD].decode(errors="replace"),
         weights_sha256=weights_sha256,
         files=tuple(sorted(hashes)),
+        created=created,
     )
 
 

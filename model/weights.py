@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def write_bundle(
     }
     if samples_png is not None:
         files[SAMPLES] = samples_png
-    _replace_files(directory, files)
+    _replace_files(directory, files, created=int(time.time()))
     return read_bundle(directory)
 
 
@@ -74,11 +75,11 @@ def update_bundle(
         files[CARD] = card.encode()
     if samples_png is not None:
         files[SAMPLES] = samples_png
-    _replace_files(bundle.path, files)
+    _replace_files(bundle.path, files, created=bundle.created)
     return read_bundle(bundle.path)
 
 
-def _replace_files(directory: Path, files: dict[str, bytes]) -> None:
+def _replace_files(directory: Path, files: dict[str, bytes], created: int) -> None:
     # Names with a dot in front, so that what an interruption leaves is not taken for a bundle.
     part, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
@@ -86,7 +87,7 @@ def _replace_files(directory: Path, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         (part / name).write_bytes(data)
     hashes = {name: sha256(data) for name, data in files.items()}
-    (part / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
+    (part / MANIFEST).write_text(json.dumps({"created": created, "sha256": hashes}, indent=2) + "\n")
     # An `old` that is there now was left by a crash, and until here it may have been the only whole bundle.
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

@@ -1,0 +1,1 @@
+"""HTTP: parse, call, render. No logic of the flow, and no torch."""

@@ -1,0 +1,79 @@
+"""What every endpoint needs: the app's settings, broker and metrics, the chosen model and class."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.broker.base import Broker
+from service.errors import InvalidRequest, NotFound, Unavailable
+from service.jobs import ModelInfo
+from service.metrics import ServiceMetrics
+from service.settings import Settings
+
+
+class Context:
+    """The application's parts, for one request."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.settings: Settings = request.app.state.settings
+        self.broker: Broker = request.app.state.broker
+        self.metrics: ServiceMetrics = request.app.state.metrics
+
+    async def model(self, name: str | None) -> ModelInfo:
+        """The model a request names, or the default; raises :class:`~service.errors.NotFound`."""
+        models = {model.name: model for model in await self.broker.models()}
+        if not models:
+            raise Unavailable("no model is known yet; a worker is being started", retry_after=2)
+        if name is None:
+            name = self.settings.default_model or next(iter(models))
+        if name not in models:
+            raise NotFound(
+                f"model: got {name!r}, served are {', '.join(map(repr, models))}",
+                code="model_not_found",
+                param="model",
+            )
+        self.request.state.model = name
+        return models[name]
+
+
+ContextDependency = Annotated[Context, Depends(Context)]
+
+
+def resolve_class(model: ModelInfo, value: str | int | None) -> int | None:
+    """A class by exact name, then by decimal index; raises :class:`~service.errors.InvalidRequest`."""
+    if value is None:
+        return None
+    names = model.class_names
+    if not names:
+        raise InvalidRequest(
+            f"class: got {value!r}, but model {model.name!r} is unconditional; leave it out",
+            param="class",
+            code="class_not_found",
+        )
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
+        lowered = {name.lower(): name for name in names}
+        near = [lowered[n] for n in difflib.get_close_matches(value.lower(), lowered, n=3)]
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise InvalidRequest(
+            f"class: got {value!r}; {hint}allowed are {', '.join(map(repr, names))}, or an index",
+            param="class",
+            code="class_not_found",
+        )
+    # A very long decimal is out of range whatever its value; int() would refuse to read it.
+    index = int(value) if isinstance(value, int) or len(value) < 10 else len(names)
+    if not 0 <= index < len(names):
+        raise InvalidRequest(
+            f"class: got index {value}, allowed is 0 to {len(names) - 1}", param="class", code="class_not_found"
+        )
+    return index
+
+
+def class_name(model: ModelInfo, index: int | None) -> str | None:
+    """The name to show for a class index."""
+    return None if index is None else model.class_names[index]

@@ -1,0 +1,136 @@
+"""Errors as HTTP answers: the one place that knows status codes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service import errors
+from service.errors import ServiceError
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[ServiceError], int] = {
+    errors.InvalidRequest: 422,
+    errors.MalformedRequest: 400,
+    errors.NotFound: 404,
+    errors.MethodNotAllowed: 405,
+    errors.NotAcceptable: 406,
+    errors.BodyTooLarge: 413,
+    errors.Overloaded: 429,
+    errors.Canceled: 499,
+    errors.InternalError: 500,
+    errors.Unavailable: 503,
+    errors.WorkerLost: 503,
+    errors.TimedOut: 504,
+}
+OUTCOME: dict[type[ServiceError], str] = {
+    errors.InvalidRequest: "invalid",
+    errors.MalformedRequest: "invalid",
+    errors.NotFound: "invalid",
+    errors.MethodNotAllowed: "invalid",
+    errors.NotAcceptable: "invalid",
+    errors.BodyTooLarge: "invalid",
+    errors.Overloaded: "rate_limited",
+    errors.Canceled: "canceled",
+    errors.Unavailable: "rejected",
+    errors.WorkerLost: "worker_lost",
+    errors.TimedOut: "timeout",
+}
+"""How an error counts in ``tarflow_requests_total``; any other is ``error``."""
+
+_BY_STATUS: dict[int, type[ServiceError]] = {
+    400: errors.MalformedRequest,
+    404: errors.NotFound,
+    405: errors.MethodNotAllowed,
+    406: errors.NotAcceptable,
+    413: errors.BodyTooLarge,
+    415: errors.MalformedRequest,
+    422: errors.InvalidRequest,
+    503: errors.Unavailable,
+}
+
+
+_UNION_MEMBERS = ("str", "int", "float", "compact", "nested", "nullable")
+
+
+def body(error: ServiceError) -> dict[str, Any]:
+    """The envelope of an error."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def render(error: ServiceError) -> JSONResponse:
+    """An error as a response."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
+    return JSONResponse(body(error), status_code=STATUS[type(error)], headers=headers)
+
+
+def from_validation(error: RequestValidationError) -> ServiceError:
+    """The first thing wrong with a request, named by its field."""
+    first = error.errors()[0]
+    if first["type"] in ("json_invalid", "missing") and len(first["loc"]) < 2:
+        return errors.MalformedRequest("the body must be a JSON object, sent as Content-Type: application/json")
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return errors.MalformedRequest(f"the body is not valid JSON: {reason} at character {first['loc'][-1]}")
+    if isinstance(first.get("input"), bytes):
+        return errors.MalformedRequest("the body must be JSON, sent as Content-Type: application/json")
+    # Pydantic names the members of unions in the location too, which are no fields of the caller's.
+    location = [str(part) for part in first["loc"][1:] if part not in _UNION_MEMBERS]
+    param = ".".join(part for part in location if part.isidentifier() or part.isdecimal()) or None
+    got = repr(first.get("input"))
+    shown = got if len(got) <= 80 else got[:77] + "..."
+    message = f"{param or 'body'}: {first['msg']}" + ("" if first["type"] == "missing" else f" (got {shown})")
+    code = {"missing": "missing_field", "extra_forbidden": "unknown_field"}.get(first["type"], "invalid_value")
+    return errors.InvalidRequest(message, param=param, code=code)
+
+
+def from_http(error: HTTPException, request: Request) -> ServiceError:
+    """An error that the framework raised, as ours."""
+    kind = _BY_STATUS.get(error.status_code, errors.InternalError)
+    if kind is errors.NotFound:
+        return kind(f"there is nothing at {request.url.path}; /docs lists what there is")
+    if kind is errors.MethodNotAllowed:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return kind(f"{request.url.path} does not know {request.method}; it knows {allowed}")
+    if kind is errors.BodyTooLarge:
+        limit = request.app.state.settings.max_body_bytes
+        return kind(f"the request is larger than {limit} bytes; send fewer or smaller images")
+    return kind(str(error.detail))
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the app, the framework's included, come out in the envelope."""
+
+    async def on_service_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ServiceError)  # noqa: S101 - registered for this type
+        request.state.error = error
+        return render(error)
+
+    async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this type
+        request.state.error = from_validation(error)
+        return render(request.state.error)
+
+    async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
+        request.state.error = from_http(error, request)
+        response = render(request.state.error)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def on_fault(request: Request, error: Exception) -> JSONResponse:
+        request.state.error = errors.InternalError("an internal error; the service's log has the details")
+        response = render(request.state.error)
+        response.headers["x-request-id"] = request.state.request_id
+        return response
+
+    app.add_exception_handler(ServiceError, on_service_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_fault)

@@ -1,0 +1,54 @@
+"""GET /v1/models: what is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from service.api.context import ContextDependency
+from service.jobs import ModelInfo
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+def _summary(model: ModelInfo, *, default: bool) -> dict[str, Any]:
+    """The fields that clients of model lists expect, and the few that choose a model."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "tarflow",
+        "default": default,
+        "hash": model.model_id,
+        "num_classes": model.flow.num_classes,
+        "image": {"size": model.flow.image_size, "channels": model.flow.channels},
+    }
+
+
+@router.get("", summary="List the models")
+async def list_models(context: ContextDependency) -> dict[str, Any]:
+    """Every served model, in the shape that model clients expect."""
+    models = await context.broker.models()
+    default = context.settings.default_model or (models[0].name if models else None)
+    return {"object": "list", "data": [_summary(m, default=m.name == default) for m in models]}
+
+
+@router.get("/{name}", summary="Describe a model")
+async def describe_model(name: str, context: ContextDependency) -> dict[str, Any]:
+    """Architecture, class names, noise protocol, hash, recommended parameters and card of one model."""
+    model = await context.model(name)
+    default = (await context.model(None)).name
+    return {
+        **_summary(model, default=model.name == default),
+        "architecture": {
+            **model.flow.to_dict(),
+            "num_patches": model.flow.num_patches,
+            "patch_dim": model.flow.patch_dim,
+        },
+        "class_names": list(model.class_names),
+        "noise": {**model.noise.to_dict(), "meaning": model.noise.meaning},
+        "recommended": model.sampling.to_dict(),
+        "training": dict(model.training),
+        "card": model.card,
+    }

@@ -1,0 +1,66 @@
+"""ASGI middleware around the whole app: body size at the door, request ids, request metrics."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.envelope import OUTCOME, render
+from service.errors import BodyTooLarge
+from service.metrics import ServiceMetrics
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+class Observing:
+    """Gives every request an id, refuses bodies that announce too many bytes, and counts outcomes."""
+
+    def __init__(self, app: ASGIApp, metrics: ServiceMetrics, max_body_bytes: int) -> None:
+        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
+        # The answer to a fault is sent from outside of this middleware; it finds the id here.
+        scope.setdefault("state", {})["request_id"] = request_id
+        start = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        length = headers.get("content-length", "")
+        if length.isascii() and length.isdecimal() and int(length[:20]) > self.max_body_bytes:
+            error = BodyTooLarge(
+                f"the request has {length} bytes, allowed are {self.max_body_bytes}; send fewer or smaller images"
+            )
+            await render(error)(scope, receive, send_with_id)
+            return
+        finished = False
+        try:
+            await self.app(scope, receive, send_with_id)
+            finished = True
+        finally:
+            self._count(scope, time.monotonic() - start, finished=finished)
+
+    def _count(self, scope: Scope, seconds: float, *, finished: bool) -> None:
+        """Count requests of the model's operations: those below /v1 that are not lists or descriptions."""
+        route = getattr(scope.get("route"), "name", "")
+        if route not in ("sample", "decode", "denoise", "score", "encode"):
+            return
+        state = scope.get("state", {})
+        error, model = state.get("error"), state.get("model", "")
+        outcome = "error" if not finished else "ok" if error is None else OUTCOME.get(type(error), "error")
+        self.metrics.requests.labels(model=model, op=route, outcome=outcome).inc()
+        if outcome == "ok":
+            self.metrics.seconds.labels(model=model, op=route).observe(seconds)

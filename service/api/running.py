@@ -1,0 +1,63 @@
+"""A synchronous call: a job that the handler waits for, and gives up when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+
+from service.api.context import Context
+from service.api.schemas import Timing
+from service.errors import Canceled
+from service.jobs import Job, JobResult, ModelInfo, Op
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has gone. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def new_job(model: ModelInfo, op: Op, payload: Mapping[str, Any], rows: int, passes: int = 1) -> Job:
+    """A job with a fresh id, its cost in images × patches × passes."""
+    return Job(
+        id=f"{op}_{secrets.token_hex(12)}",
+        op=op,
+        model=model.name,
+        payload=payload,
+        rows=rows,
+        cost=rows * model.flow.num_patches * passes,
+    )
+
+
+async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
+    """Submit a job and wait for its result; raises the job's error.
+
+    When the client disconnects the job is canceled: nobody would see its result.
+    """
+    start = time.monotonic()
+    await context.broker.submit(job)
+    result = asyncio.create_task(context.broker.wait(job.id, context.settings.request_timeout))
+    gone = asyncio.create_task(_disconnected(context.request))
+    try:
+        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise Canceled("the client went away")
+        finished = result.result()
+    finally:
+        gone.cancel()
+        if not result.done():
+            await context.broker.cancel(job.id)
+        # Retrieves the outcome of a job that was just canceled, so that nothing is left behind.
+        await asyncio.gather(result, gone, return_exceptions=True)
+    context.metrics.queue_wait.labels(model=job.model, op=str(job.op)).observe(finished.queue_seconds)
+    timing = Timing(
+        queue_ms=1000 * finished.queue_seconds,
+        inference_ms=1000 * finished.inference_seconds,
+        total_ms=1000 * (time.monotonic() - start),
+    )
+    return finished, timing

@@ -1,0 +1,233 @@
+"""The JSON of the native API: what may be sent, and what comes back."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag
+from pydantic.config import JsonDict
+
+from model.config import MAX_SEED, GuidanceSchedule
+
+OutputFormat = Literal["png", "jpeg", "webp", "npy"]
+
+
+def _no_booleans(value: Any) -> Any:
+    """JSON's true is no number, whatever Python thinks."""
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not a boolean")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_booleans), Field(allow_inf_nan=False)]
+Seed = Annotated[StrictInt, Field(ge=0, le=MAX_SEED)]
+ClassField = Annotated[
+    StrictStr | StrictInt | None,
+    Field(
+        alias="class",
+        description="Class by exact name, or else by decimal index; null or absent for no class.",
+        examples=["Sneaker"],
+    ),
+]
+
+
+class _Strict(BaseModel):
+    """Unknown fields are refused: a misspelt parameter must not be ignored."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
+
+
+class Guidance(_Strict):
+    """Parameters of the sampler; what is absent comes from the bundle's recommendation."""
+
+    guidance_scale: Annotated[Number, Field(ge=0, le=100)] | None = Field(
+        None, description="Guidance weight w; 0 turns guidance off."
+    )
+    guidance_schedule: GuidanceSchedule | None = Field(
+        None, description="constant, or linear: the weight grows along the patches (the paper's annealing)."
+    )
+    attention_temperature: Annotated[Number, Field(ge=0.01, le=100)] | None = Field(
+        None, description="τ of the pass that guidance compares with; below 1 it guides without classes too."
+    )
+    denoise: StrictBool | None = Field(None, description="Denoise with Tweedie's formula (Gaussian-noise models).")
+    output_format: OutputFormat | None = Field(
+        None, description="png (default), jpeg, webp (lossless), or npy: the float image before rounding."
+    )
+
+
+class SampleRequest(Guidance):
+    """Draw images."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"class": "Sneaker", "num_images": 2, "seed": 7}]})
+
+    model: StrictStr | None = Field(None, description="Name of the model; by default the service's first.")
+    class_: ClassField = None
+    num_images: StrictInt = Field(1, ge=1, description="How many images; image i uses seed + i.")
+    seed: Seed | None = Field(None, description="Seed of the first image; drawn and returned when absent.")
+
+
+class TensorValue(_Strict):
+    """A tensor in compact form."""
+
+    shape: list[Annotated[StrictInt, Field(ge=0)]] = Field(description="Lengths of the axes.")
+    b64: StrictStr = Field(description="Base64 of the values as little-endian float32 in row-major order.")
+
+
+def _latent_form(value: Any) -> str:
+    return "nested" if isinstance(value, list) else "compact"
+
+
+# The form is told before the value is looked at, so that an error is about the form that was sent.
+Latent = Annotated[
+    Annotated[TensorValue, Tag("compact")] | Annotated[list[list[Number]], Tag("nested")], Discriminator(_latent_form)
+]
+
+# The latent of all zeros of the bundled model, (T, D) = (49, 16): the most likely noise.
+_ZEROS: JsonDict = {"shape": [49, 16], "b64": base64.b64encode(bytes(4 * 49 * 16)).decode()}
+
+
+class DecodeRequest(Guidance):
+    """Turn latents into images."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"class": "Sneaker", "latents": [_ZEROS]}]})
+
+    model: StrictStr | None = Field(None, description="Name of the model; by default the service's first.")
+    class_: ClassField = None
+    latents: list[Latent] = Field(
+        min_length=1, description="One latent (T, D) per image: nested lists, or {shape, b64}."
+    )
+
+
+class ImagesRequest(_Strict):
+    """Images to look at, as JSON; the same can be sent as multipart/form-data with ``files``."""
+
+    images: list[StrictStr] = Field(min_length=1, description="Image files in base64 (data: URLs are fine too).")
+    model: StrictStr | None = Field(None, description="Name of the model; by default the service's first.")
+    class_: ClassField = None
+    seed: Seed = Field(0, description="Seed of the noise; the same for all images, so scores don't depend on order.")
+
+
+class ScoreRequest(ImagesRequest):
+    """How likely are these images?"""
+
+    draws: StrictInt = Field(1, ge=1, description="Noise draws per image; more give a steadier (or tighter) value.")
+
+
+class EncodeRequest(ImagesRequest):
+    """Images to latents."""
+
+    add_noise: StrictBool = Field(False, description="Add the model's training noise before encoding.")
+
+
+class DenoiseRequest(ImagesRequest):
+    """Noisy images to clean ones."""
+
+    add_noise: StrictBool = Field(False, description="Add the model's training noise before denoising.")
+    output_format: OutputFormat = Field("png", description="png, jpeg, webp (lossless), or npy.")
+
+
+class Notice(BaseModel):
+    """A change that was made to an input, or something to know about an output."""
+
+    code: str
+    message: str
+
+
+class Timing(BaseModel):
+    """Where the time went, in milliseconds."""
+
+    queue_ms: float
+    inference_ms: float
+    total_ms: float
+
+
+class ImageResult(BaseModel):
+    """One image."""
+
+    index: int
+    seed: int | None = Field(None, description="Seed that gives this image again.")
+    class_: str | None = Field(None, alias="class")
+    format: OutputFormat
+    b64: str = Field(description="The image file (or .npy array, float32 (C, H, W) in [-1, 1]) in base64.")
+    warnings: list[Notice] = []
+
+
+class ImagesResponse(BaseModel):
+    """Images that were sampled, decoded or denoised."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    id: str
+    model: str
+    images: list[ImageResult]
+    parameters: dict[str, Any] = Field(description="Every parameter as it was used.")
+    timing: Timing
+
+
+class Protocol(BaseModel):
+    """What a likelihood of this model means."""
+
+    noise: Literal["gaussian", "uniform"]
+    sigma: float = Field(description="Standard deviation of Gaussian noise on the [-1, 1] pixel scale.")
+    draws: int
+    seed: int | None
+    meaning: str
+
+
+class ScoreResult(BaseModel):
+    """How likely one image is."""
+
+    index: int
+    filename: str | None = None
+    log_likelihood: float | None = Field(description="Nats, summed over the image, on the [-1, 1] pixel scale.")
+    log_likelihood_std: float | None = Field(description="Standard deviation over the draws.")
+    bits_per_dim: float | None
+    protocol: Protocol
+    warnings: list[Notice] = []
+
+
+class ScoreResponse(BaseModel):
+    """Scores of images."""
+
+    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
+    id: str
+    model: str
+    class_: str | None = Field(None, alias="class")
+    images: list[ScoreResult]
+    timing: Timing
+
+
+class EncodeResult(BaseModel):
+    """One image's latent."""
+
+    index: int
+    filename: str | None = None
+    latent: TensorValue = Field(description="u (T, D), standard normal under the model; /v1/decode inverts it.")
+    log_likelihood: float | None
+    warnings: list[Notice] = []
+
+
+class EncodeResponse(BaseModel):
+    """Latents of images."""
+
+    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
+    id: str
+    model: str
+    class_: str | None = Field(None, alias="class")
+    images: list[EncodeResult]
+    timing: Timing
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """The envelope of every error."""
+
+    error: ErrorBody

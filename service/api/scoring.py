@@ -1,0 +1,106 @@
+"""POST /v1/score and /v1/encode: everything that answers with numbers about images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from service.api import examples
+from service.api.context import ContextDependency, class_name, resolve_class
+from service.api.rendering import finite_or_none, tensor, warnings
+from service.api.running import new_job, run
+from service.api.schemas import (
+    EncodeRequest,
+    EncodeResponse,
+    EncodeResult,
+    ErrorResponse,
+    Notice,
+    Protocol,
+    ScoreRequest,
+    ScoreResponse,
+    ScoreResult,
+)
+from service.api.uploads import fit_uploads, read_images
+from service.errors import InvalidRequest
+from service.jobs import Op
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
+    "5XX": {"model": ErrorResponse, "description": "Why it cannot be done now"},
+}
+NON_FINITE = Notice(code="non_finite", message="the model gave a value that is not finite; it is shown as null")
+
+router = APIRouter(prefix="/v1", tags=["likelihood"], responses=ERRORS)
+
+
+@router.post(
+    "/score", response_model=ScoreResponse, summary="How likely are images?", openapi_extra=examples.body(ScoreRequest)
+)
+async def score(request: Request, context: ContextDependency) -> ScoreResponse:
+    """Exact log-likelihood of images, given a class or none, under the model's noise protocol."""
+    body, uploads = await read_images(request, ScoreRequest, context.settings)
+    model = await context.model(body.model)
+    label = resolve_class(model, body.class_)
+    if body.draws > context.settings.max_draws:
+        raise InvalidRequest(f"draws: got {body.draws}, allowed are 1 to {context.settings.max_draws}", param="draws")
+    inputs = await fit_uploads(uploads, model, context.settings)
+    payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed}
+    job = new_job(model, Op.SCORE, payload, len(uploads), passes=body.draws)
+    result, timing = await run(context, job)
+    protocol = Protocol(
+        noise=model.noise.kind,
+        sigma=model.noise.std,
+        draws=body.draws,
+        seed=body.seed,
+        meaning=model.noise.meaning,
+    )
+    images = []
+    for i, changes in enumerate(inputs.changes):
+        nats, spread, bits = (
+            finite_or_none(result.arrays[name][i]) for name in ("log_likelihood", "log_likelihood_std", "bits_per_dim")
+        )
+        notes = warnings(changes) + ([NON_FINITE] if nats is None else [])
+        images.append(
+            ScoreResult(
+                index=i,
+                filename=inputs.filenames[i],
+                log_likelihood=nats,
+                log_likelihood_std=spread,
+                bits_per_dim=bits,
+                protocol=protocol,
+                warnings=notes,
+            )
+        )
+    return ScoreResponse(
+        id=job.id, model=model.name, **{"class": class_name(model, label)}, images=images, timing=timing
+    )
+
+
+@router.post(
+    "/encode", response_model=EncodeResponse, summary="Images to latents", openapi_extra=examples.body(EncodeRequest)
+)
+async def encode(request: Request, context: ContextDependency) -> EncodeResponse:
+    """The latent of each image, standard normal under the model, and its log-likelihood."""
+    body, uploads = await read_images(request, EncodeRequest, context.settings)
+    model = await context.model(body.model)
+    label = resolve_class(model, body.class_)
+    inputs = await fit_uploads(uploads, model, context.settings)
+    payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
+    job = new_job(model, Op.ENCODE, payload, len(uploads))
+    result, timing = await run(context, job)
+    images = []
+    for i, changes in enumerate(inputs.changes):
+        nats = finite_or_none(result.arrays["log_likelihood"][i])
+        images.append(
+            EncodeResult(
+                index=i,
+                filename=inputs.filenames[i],
+                latent=tensor(result.arrays["latents"][i]),
+                log_likelihood=nats,
+                warnings=warnings(changes) + ([NON_FINITE] if nats is None else []),
+            )
+        )
+    return EncodeResponse(
+        id=job.id, model=model.name, **{"class": class_name(model, label)}, images=images, timing=timing
+    )

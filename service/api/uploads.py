@@ -1,0 +1,175 @@
+"""Uploaded images: multipart or JSON in, 8-bit arrays and an account of changes out."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio.to_thread
+import numpy as np
+from fastapi.exceptions import RequestValidationError
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+
+from model.images import Change, ImageError, fit_image, load_image
+from service.api.schemas import ImagesRequest
+from service.errors import InvalidRequest, MalformedRequest
+from service.jobs import ModelInfo
+from service.settings import Settings
+
+Form = TypeVar("Form", bound=ImagesRequest)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One image file as it was sent."""
+
+    data: bytes
+    filename: str | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images fitted to a model: pixels (n, C, H, W) uint8 and, per image, what was changed."""
+
+    pixels: NDArray[np.uint8]
+    changes: list[tuple[Change, ...]]
+    filenames: list[str | None]
+
+
+def _form_value(name: str, text: str) -> Any:
+    """A form field as the JSON value that it stands for; names stay text."""
+    if name in ("model", "class", "output_format"):
+        return text or None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+async def _read_form(form: FormData, kind: type[Form]) -> tuple[Form, list[Upload]]:
+    uploads, fields = [], {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            if name not in ("files", "file", "files[]"):
+                raise InvalidRequest(f"{name}: files belong in the field 'files'", param=name, code="unknown_field")
+            uploads.append(Upload(await value.read(), value.filename))
+        elif name in ("files", "file", "files[]"):
+            raise InvalidRequest("files: got text, expected files (curl: -F files=@image.png)", param="files")
+        else:
+            fields[name] = _form_value(name, value)
+    if not uploads:
+        raise InvalidRequest(
+            "files: at least one image is needed (curl: -F files=@image.png)", param="files", code="missing_field"
+        )
+    # The images travel beside the fields; a placeholder stands for them in the validation.
+    return _validate(kind, {**fields, "images": ["-"]}), uploads
+
+
+def _validate(kind: type[Form], content: Any) -> Form:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
+
+
+def _decode_base64(text: str, param: str) -> bytes:
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest(f"{param}: not base64: {error}", param=param, code="invalid_base64") from error
+
+
+async def read_images(request: Request, kind: type[Form], settings: Settings) -> tuple[Form, list[Upload]]:
+    """The fields and image files of a multipart or JSON request.
+
+    Raises ``MalformedRequest`` or ``InvalidRequest`` naming the field that is wrong.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        async with request.form(max_files=settings.max_images + 1, max_fields=100) as form:
+            fields, uploads = await _read_form(form, kind)
+    elif content_type == "application/json":
+        body = await request.body()
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise MalformedRequest(f"the body is not valid JSON: {error}") from error
+        fields = _validate(kind, content)
+        uploads = [Upload(_decode_base64(text, f"images.{i}")) for i, text in enumerate(fields.images)]
+    else:
+        raise MalformedRequest(
+            f"Content-Type: got {content_type or 'none'!r}, allowed are multipart/form-data and application/json",
+            code="unsupported_content_type",
+        )
+    check_count(len(uploads), "files" if content_type.startswith("multipart") else "images", settings)
+    return fields, uploads
+
+
+def check_count(count: int, param: str, settings: Settings) -> None:
+    """Refuse more images than one request may have."""
+    if count > settings.max_images:
+        raise InvalidRequest(f"{param}: got {count} images, allowed are {settings.max_images}", param=param)
+
+
+async def fit_uploads(uploads: list[Upload], model: ModelInfo, settings: Settings) -> Inputs:
+    """Decode uploads and bring them to a model's size and colours, in a thread.
+
+    Raises ``InvalidRequest`` naming the image that cannot be used.
+    """
+
+    def fit() -> Inputs:
+        fitted = []
+        for i, upload in enumerate(uploads):
+            param = f"files.{i}" if upload.filename is not None else f"images.{i}"
+            shown = f"{param} ({upload.filename})" if upload.filename else param
+            try:
+                decoded = load_image(upload.data, settings.max_pixels)
+                fitted.append(fit_image(decoded, model.flow.image_size, model.flow.channels))
+            except ImageError as error:
+                raise InvalidRequest(f"{shown}: {error}", param=param, code=error.code) from error
+        return Inputs(
+            np.stack([image.pixels for image in fitted]),
+            [image.changes for image in fitted],
+            [upload.filename for upload in uploads],
+        )
+
+    return await anyio.to_thread.run_sync(fit)
+
+
+def read_latent(value: Any, index: int, model: ModelInfo) -> NDArray[np.float32]:
+    """A latent (T, D) from nested lists or {shape, b64}; raises ``InvalidRequest``."""
+    param, expected = f"latents.{index}", (model.flow.num_patches, model.flow.patch_dim)
+    if isinstance(value, list):
+        if {len(row) for row in value} != {expected[1]} or len(value) != expected[0]:
+            lengths = sorted({len(row) for row in value})
+            raise InvalidRequest(
+                f"{param}: got {len(value)} rows of {lengths} values, allowed is {expected[0]} rows of {expected[1]}",
+                param=param,
+                code="invalid_shape",
+            )
+        latent = np.array(value, dtype=np.float64)
+    else:
+        data = _decode_base64(value.b64, f"{param}.b64")
+        if tuple(value.shape) != expected or len(data) != 4 * math.prod(expected):
+            raise InvalidRequest(
+                f"{param}: got shape {value.shape} and {len(data)} bytes, "
+                f"allowed is shape {list(expected)} and {4 * math.prod(expected)} bytes of float32",
+                param=param,
+                code="invalid_shape",
+            )
+        latent = np.frombuffer(data, "<f4").reshape(expected).astype(np.float64)
+    # Beyond float32's range a value would become infinite on the way.
+    if not np.isfinite(latent).all() or np.abs(latent).max() > np.finfo(np.float32).max:
+        raise InvalidRequest(
+            f"{param}: has values that are not finite in float32", param=param, code="non_finite_latent"
+        )
+    return latent.astype("<f4")

@@ -1,0 +1,1 @@
+"""Between API and workers: accepts jobs, hands them out under leases, keeps one result each."""

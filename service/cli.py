@@ -1,0 +1,161 @@
+"""The console script ``tarflow``. Everything heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from service.errors import ServiceError
+from service.settings import Settings
+from training.cli import clear_errors, evaluate, train
+
+app = typer.Typer(
+    help="Serve, train and use TarFlow normalizing flows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(train)
+app.command()(evaluate)
+
+Model = Annotated[str, typer.Option(help="Bundle directory, or name of a model in the package.")]
+Class = Annotated[str | None, typer.Option("--class", help="Class by name or index; none if not given.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+
+
+@contextmanager
+def _service_errors() -> Iterator[None]:
+    """Let the service's own refusals of a value appear like any other wrong option."""
+    try:
+        yield
+    except ServiceError as error:
+        raise ValueError(error.message) from error
+
+
+def _settings_from_flags(**flags: Any) -> None:
+    """Start the service; every flag is also an environment variable (TARFLOW_PORT for --port)."""
+    with clear_errors():
+        try:
+            settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{name}: {first['msg']} (got {first['input']!r})") from error
+        from service.server import serve
+
+        serve(settings)
+
+
+def _with_setting_flags(function: Any) -> Any:
+    """Give a command one option per field of :class:`Settings`, so that flags and settings cannot differ."""
+    parameters, annotations = [], {}
+    for name, field in Settings.model_fields.items():
+        kind: Any = next((kind for kind in (int, float, Path) if field.annotation is kind), str)
+        known = "" if name == "models" or field.default is None else f" (default: {field.default})"
+        option = Annotated[Optional[kind], typer.Option(help=f"{field.description}{known}")]  # noqa: UP045
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+        annotations[name] = option
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = annotations
+    return function
+
+
+app.command("serve")(_with_setting_flags(_settings_from_flags))
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="State dict in the official layout (.pth).")],
+    out: Annotated[Path, typer.Argument(help="Bundle directory to write.")],
+    noise_std: Annotated[float | None, typer.Option(help="σ of the Gaussian training noise.")] = None,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Trained with uniform dequantization.")] = False,
+    class_names: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; by default that of OUT.")] = None,
+) -> None:
+    """Turn a checkpoint of the official implementation into a bundle that can be served."""
+    with clear_errors():
+        if (noise_std is None) == (not uniform):
+            raise ValueError("noise: give either --noise-std S or --uniform; the checkpoint does not tell")
+        from model.config import NoiseProtocol
+        from service.local import import_checkpoint
+
+        noise = NoiseProtocol(kind="uniform") if noise_std is None else NoiseProtocol(kind="gaussian", std=noise_std)
+        names = None
+        if class_names is not None:
+            names = [line.strip() for line in class_names.read_text().splitlines() if line.strip()]
+        bundle = import_checkpoint(checkpoint, out, noise, name=name or out.resolve().name, class_names=names)
+    flow = bundle.config.flow
+    typer.echo(
+        f"{out}: model {bundle.name!r}, {flow.image_size}x{flow.image_size}, {flow.channels} channels, "
+        f"{flow.num_blocks} blocks, {flow.num_classes} classes; serve it with: tarflow serve --models {out}"
+    )
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Argument(help="PNG file to write.")],
+    model: Model = "fashion-mnist",
+    class_: Class = None,
+    num: Annotated[int, typer.Option(min=1, help="Number of images; several make a grid.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; image i uses seed + i.")] = 0,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance weight w.")] = None,
+    guidance_schedule: Annotated[Literal["constant", "linear"] | None, typer.Option(help="Guidance schedule.")] = None,
+    attention_temperature: Annotated[float | None, typer.Option(help="τ of the unguided pass.")] = None,
+    denoise: Annotated[bool | None, typer.Option(help="Denoise with Tweedie's formula.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Draw images without a server; what is not given is as the bundle recommends."""
+    given = {
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": guidance_schedule,
+        "attention_temperature": attention_temperature,
+        "denoise": denoise,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    with clear_errors(), _service_errors():
+        from service import local
+
+        png, options = local.sample(model, device, label=class_, seeds=range(seed, seed + num), overrides=overrides)
+        out.write_bytes(png)
+    typer.echo(f"{out}: {num} images from seed {seed}, {json.dumps(options.to_dict())}")
+
+
+@app.command()
+def score(
+    files: Annotated[list[Path], typer.Argument(help="Image files.")],
+    model: Model = "fashion-mnist",
+    class_: Class = None,
+    draws: Annotated[int, typer.Option(min=1, help="Noise draws per image.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Print how likely images are, without a server."""
+    with clear_errors(), _service_errors():
+        from service import local
+
+        result = local.score(model, device, files, label=class_, draws=draws, seed=seed)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    table = Table("file", "log-likelihood (nats)", "bits/dim", "changes")
+    for image in result["images"]:
+        changes = "; ".join(image["warnings"])
+        table.add_row(image["file"], f"{image['log_likelihood']:.2f}", f"{image['bits_per_dim']:.4f}", changes)
+    console = Console()
+    console.print(table)
+    console.print(result["protocol"]["meaning"])
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

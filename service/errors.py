@@ -1,0 +1,134 @@
+"""All errors of the service, as one tree::
+
+    ServiceError
+    ├── InvalidRequest         a value the caller sent is not allowed
+    │   └── MalformedRequest   the body cannot even be parsed
+    ├── NotFound               no such path, model or job
+    ├── MethodNotAllowed       the path exists, not with this method
+    ├── BodyTooLarge           the request is larger than the limit
+    ├── NotAcceptable          no response type the caller accepts
+    ├── Overloaded             the queue is full; try again later
+    ├── Unavailable            no worker is ready, or the service is shutting down
+    ├── TimedOut               the work was not finished in the time allowed
+    ├── Canceled               the caller went away or canceled
+    ├── WorkerLost             workers died on the job more often than allowed
+    └── InternalError          our fault
+
+Every error carries a message for people, a stable ``code``, and where it applies the ``param`` that is
+wrong. HTTP status codes are given in :mod:`service.api.envelope`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    """Base of the tree; raised as one of its leaves."""
+
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self, message: str, *, code: str | None = None, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+        self.retry_after = retry_after
+
+    def to_wire(self) -> dict[str, Any]:
+        """The error as plain data, for the broker."""
+        return {"error": type(self).__name__, "message": self.message, "code": self.code, "param": self.param}
+
+    @staticmethod
+    def from_wire(data: Mapping[str, Any]) -> ServiceError:
+        """The error that :meth:`to_wire` described; an unknown one becomes :class:`InternalError`."""
+        kinds = {kind.__name__: kind for kind in _descendants(ServiceError)}
+        kind = kinds.get(str(data.get("error")), InternalError)
+        return kind(str(data.get("message")), code=data.get("code"), param=data.get("param"))
+
+
+def _descendants(kind: type[ServiceError]) -> list[type[ServiceError]]:
+    return [sub for child in kind.__subclasses__() for sub in (child, *_descendants(child))]
+
+
+class InvalidRequest(ServiceError):
+    """A value is not allowed; the message says which are."""
+
+    type = "invalid_request_error"
+    default_code = "invalid_value"
+
+
+class MalformedRequest(InvalidRequest):
+    """The body is not what its content type says."""
+
+    default_code = "malformed_body"
+
+
+class NotFound(ServiceError):
+    """There is no such thing."""
+
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class MethodNotAllowed(ServiceError):
+    """The path does not know this method."""
+
+    type = "invalid_request_error"
+    default_code = "method_not_allowed"
+
+
+class BodyTooLarge(ServiceError):
+    """The body is over the limit."""
+
+    type = "invalid_request_error"
+    default_code = "body_too_large"
+
+
+class NotAcceptable(ServiceError):
+    """The Accept header allows nothing that can be sent."""
+
+    type = "invalid_request_error"
+    default_code = "not_acceptable"
+
+
+class Overloaded(ServiceError):
+    """The queue is full."""
+
+    type = "rate_limit_error"
+    default_code = "queue_full"
+
+
+class Unavailable(ServiceError):
+    """The service cannot work now."""
+
+    type = "unavailable_error"
+    default_code = "no_worker"
+
+
+class TimedOut(ServiceError):
+    """The time for the request is over."""
+
+    type = "timeout_error"
+    default_code = "timeout"
+
+
+class Canceled(ServiceError):
+    """The job was canceled."""
+
+    type = "canceled_error"
+    default_code = "canceled"
+
+
+class WorkerLost(ServiceError):
+    """The workers that had the job died."""
+
+    default_code = "worker_lost"
+
+
+class InternalError(ServiceError):
+    """A fault of the service."""

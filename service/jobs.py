@@ -1,0 +1,152 @@
+"""What the API asks and a worker answers: jobs, their results, and what a worker serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.bundle import Bundle
+from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
+
+
+class Op(StrEnum):
+    """Kinds of work."""
+
+    SAMPLE = "sample"
+    DECODE = "decode"
+    DENOISE = "denoise"
+    SCORE = "score"
+    ENCODE = "encode"
+
+
+URGENT = frozenset({Op.SCORE, Op.ENCODE})
+"""Milliseconds of work: served between two slices of sampling."""
+
+LONG = frozenset(Op) - URGENT
+"""Work that runs in slices."""
+
+EXIT_UNUSABLE = 3
+"""Exit status of a worker that cannot start: a bad bundle, a missing device, a failed warm-up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One accepted request; ``payload`` holds plain data and arrays as its op wants them.
+
+    sample: seeds [int], label, options — decode: latents (n, T, D) float32, label, options — denoise:
+    pixels (n, C, H, W) uint8, label, add_noise, seed — score: pixels, label, draws, seed — encode:
+    pixels, label, add_noise, seed. ``label`` is a class index or None for no class.
+    """
+
+    id: str
+    op: Op
+    model: str
+    payload: Mapping[str, Any]
+    rows: int
+    """Images in the job."""
+    cost: int
+    """Images × patches × passes: what admission and claiming count."""
+    attempt: int = 1
+    """Which worker in a row has it; results of earlier attempts are refused."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for a message."""
+        return {**vars(self), "op": str(self.op)}
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> Job:
+        """Inverse of :meth:`to_wire`."""
+        return cls(**{**data, "op": Op(data["op"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """What a worker made of a job: named arrays, and how long it took."""
+
+    arrays: Mapping[str, NDArray[Any]]
+    inference_seconds: float
+    queue_seconds: float = 0.0
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for a message."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> JobResult:
+        """Inverse of :meth:`to_wire`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What the API knows of a served model: its bundle's metadata."""
+
+    name: str
+    model_id: str
+    flow: FlowConfig
+    noise: NoiseProtocol
+    sampling: SamplingDefaults
+    class_names: tuple[str, ...] = ()
+    card: str = ""
+    created: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> ModelInfo:
+        """The metadata of a bundle."""
+        config = bundle.config
+        return cls(
+            name=config.name,
+            model_id=bundle.model_id,
+            flow=config.flow,
+            noise=config.noise,
+            sampling=bundle.sampling,
+            class_names=config.class_names,
+            card=bundle.card,
+            created=bundle.created,
+            training=config.training,
+        )
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for a message."""
+        nested = {"flow": self.flow.to_dict(), "noise": self.noise.to_dict(), "sampling": self.sampling.to_dict()}
+        return {**asdict(self), **nested, "class_names": list(self.class_names), "training": dict(self.training)}
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> ModelInfo:
+        """Inverse of :meth:`to_wire`."""
+        nested = {
+            "flow": FlowConfig.from_dict(data["flow"]),
+            "noise": NoiseProtocol.from_dict(data["noise"]),
+            "sampling": SamplingDefaults.from_dict(data["sampling"]),
+        }
+        return cls(**{**data, **nested, "class_names": tuple(data["class_names"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerInfo:
+    """A worker as it registers, warmed up and ready to claim."""
+
+    id: str
+    device: str
+    models: tuple[ModelInfo, ...]
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for a message."""
+        return {"id": self.id, "device": self.device, "models": [m.to_wire() for m in self.models]}
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> WorkerInfo:
+        """Inverse of :meth:`to_wire`."""
+        models = tuple(ModelInfo.from_wire(m) for m in data["models"])
+        return cls(id=data["id"], device=data["device"], models=models)
+
+
+def as_floats(values: Any) -> NDArray[np.float32]:
+    """Anything array-like as little-endian float32, the form in which tensors travel."""
+    return np.ascontiguousarray(values, dtype="<f4")

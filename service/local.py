@@ -1,0 +1,105 @@
+"""``tarflow import``, ``sample`` and ``score``: the service's own code on one bundle, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.bundle import BUNDLED, Bundle, BundleConfig, read_bundle
+from model.config import NoiseProtocol, SamplingDefaults
+from model.images import ImageError, encode_image, fit_image, grid, load_image
+from model.official import read_checkpoint, to_flow
+from model.weights import load_flow, write_bundle
+from service.api.context import resolve_class
+from service.api.running import new_job
+from service.jobs import ModelInfo, Op
+from service.worker.cohort import Cohort
+from service.worker.loading import LoadedModel, resolve_device
+from service.worker.scoring import score as score_jobs
+
+BATCH_ROWS = 64
+
+
+def find_bundle(name_or_path: str) -> Bundle:
+    """A bundle directory, or a model of the package by name; raises a ``BundleError``."""
+    inside = BUNDLED / name_or_path
+    return read_bundle(inside if inside.is_dir() and not Path(name_or_path).is_dir() else Path(name_or_path))
+
+
+def import_checkpoint(
+    checkpoint: Path, out: Path, noise: NoiseProtocol, *, name: str, class_names: Sequence[str] | None
+) -> Bundle:
+    """Turn an official-layout state dict into a bundle at ``out``.
+
+    Raises ``CheckpointFormatError`` for another file, ``ValueError`` for unfitting class names.
+    """
+    flow = to_flow(read_checkpoint(checkpoint))
+    names = class_names if class_names is not None else [str(i) for i in range(flow.config.num_classes)]
+    provenance = {"imported_from": checkpoint.name, "layout": "apple/ml-tarflow"}
+    config = BundleConfig(name=name, flow=flow.config, noise=noise, class_names=tuple(names), training=provenance)
+    sampling = SamplingDefaults(denoise=noise.kind == "gaussian")
+    card = (
+        f"# {name}\n\nImported from the checkpoint `{checkpoint.name}` in the official layout.\n\n"
+        f"- architecture: {flow.config.to_dict()}\n- noise protocol: {noise.to_dict()}\n"
+    )
+    return write_bundle(out, config, flow, sampling, card)
+
+
+def _load(name_or_path: str, device: str) -> LoadedModel:
+    target, bundle = resolve_device(device), find_bundle(name_or_path)
+    return LoadedModel(ModelInfo.of(bundle), load_flow(bundle, target), target)
+
+
+def sample(
+    name_or_path: str, device: str, *, label: str | None, seeds: Sequence[int], overrides: dict[str, Any]
+) -> tuple[bytes, SamplingDefaults]:
+    """A PNG with one image per seed (a grid for several), and the parameters used."""
+    model = _load(name_or_path, device)
+    index = resolve_class(model.info, label)
+    options = replace(model.info.sampling, **overrides)
+    if options.denoise and model.noise.kind != "gaussian":
+        raise ValueError("denoise: got true, allowed is false for a uniform-noise model")
+    pixels: list[np.ndarray[Any, Any]] = []
+    for start in range(0, len(seeds), BATCH_ROWS):
+        part = list(seeds[start : start + BATCH_ROWS])
+        job = new_job(model.info, Op.SAMPLE, {"seeds": part, "label": index, "options": options.to_dict()}, len(part))
+        cohort = Cohort(model, [job])
+        while not cohort.advance():
+            pass
+        pixels += list(cohort.results()[0][1]["pixels"])
+    return encode_image(pixels[0] if len(pixels) == 1 else grid(pixels), "png"), options
+
+
+def score(
+    name_or_path: str, device: str, paths: Sequence[Path], *, label: str | None, draws: int, seed: int
+) -> dict[str, Any]:
+    """Per file: log-likelihood, bits/dim and what was changed; raises ``ValueError`` naming a bad file."""
+    model = _load(name_or_path, device)
+    config = model.flow.config
+    index = resolve_class(model.info, label)
+    fitted = []
+    for path in paths:
+        try:
+            fitted.append(fit_image(load_image(path.read_bytes()), config.image_size, config.channels))
+        except (ImageError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    payload = {"pixels": np.stack([f.pixels for f in fitted]), "label": index, "draws": draws, "seed": seed}
+    job = new_job(model.info, Op.SCORE, payload, len(fitted))
+    [arrays] = score_jobs(model, [job], BATCH_ROWS)
+    return {
+        "model": model.info.name,
+        "protocol": {**model.noise.to_dict(), "draws": draws, "seed": seed, "meaning": model.noise.meaning},
+        "images": [
+            {
+                "file": str(path),
+                "log_likelihood": float(arrays["log_likelihood"][i]),
+                "bits_per_dim": float(arrays["bits_per_dim"][i]),
+                "warnings": [change.message for change in fitted[i].changes],
+            }
+            for i, path in enumerate(paths)
+        ],
+    }

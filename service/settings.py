@@ -1,0 +1,50 @@
+"""Every setting of the service: a flag of ``tarflow serve`` and an environment variable each.
+
+``--max-images 16`` and ``TARFLOW_MAX_IMAGES=16`` are the same; a flag wins over the environment.
+Nothing is read at import time: :class:`Settings` is built once, at the entry point.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model.bundle import BUNDLED
+from model.images import DEFAULT_MAX_PIXELS
+
+
+class Settings(BaseSettings):
+    """Settings of one service process and the workers it starts."""
+
+    model_config = SettingsConfigDict(env_prefix="TARFLOW_", extra="ignore")
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all of the host's.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    models: Path = Field(BUNDLED, description="Directory whose bundle directories are served; by default the bundled.")
+    default_model: str | None = Field(None, description="Model of requests that name none; by default the first.")
+    device: str = Field(
+        "auto", description="cpu, cuda:N, several with commas, or auto: every GPU, or else the CPU. A worker each."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of a worker; 0 divides the cores among the workers.")
+
+    max_images: int = Field(64, ge=1, description="Most images in one request.")
+    max_draws: int = Field(64, ge=1, description="Most noise draws for one scored image.")
+    max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1, description="Most pixels of an uploaded image.")
+    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Largest request body in bytes.")
+    max_queue_cost: int = Field(
+        2_000_000, ge=1, description="Most waiting work, in images x patches x passes, before 429 is answered."
+    )
+    request_timeout: float = Field(600.0, gt=0, description="Seconds until a waiting request is given up with 504.")
+
+    batch_rows: int = Field(64, ge=1, description="Most images in one batch of the model.")
+    cohorts: int = Field(4, ge=1, description="Most sampling batches in flight at once.")
+    lease_seconds: float = Field(60.0, gt=0, description="Seconds without a heartbeat after which a job is given on.")
+    ready_seconds: float = Field(10.0, gt=0, description="Age at which a worker's heartbeat no longer counts as ready.")
+    max_attempts: int = Field(3, ge=1, description="Workers a job may lose before it fails.")
+    drain_seconds: int = Field(30, ge=0, description="Seconds that running requests get to finish on shutdown.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error."
+    )

@@ -1,0 +1,162 @@
+"""The inference loop of one device: urgent batches between the slices of sampling cohorts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from service.broker.base import WorkerBroker
+from service.errors import InternalError
+from service.jobs import LONG, URGENT, Job, JobResult, Op
+from service.worker import cohort as cohorts
+from service.worker.cohort import Cohort
+from service.worker.loading import LoadedModel
+from service.worker.metrics import WorkerMetrics
+from service.worker.scoring import RUN, Arrays
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.005
+"""How long slices run before the broker is asked for urgent work again."""
+HEARTBEAT_SECONDS = 0.25
+IDLE_SECONDS = 0.5
+
+BATCH_FAULTS = (RuntimeError, ValueError, MemoryError)
+"""What torch raises on a batch it cannot do; anything else is a fault of ours and ends the process."""
+
+
+class Engine:
+    """Claims jobs, runs them in batches, delivers the results; one thread, one device."""
+
+    def __init__(
+        self,
+        broker: WorkerBroker,
+        models: Mapping[str, LoadedModel],
+        metrics: WorkerMetrics,
+        *,
+        batch_rows: int,
+        max_cohorts: int,
+    ) -> None:
+        self._broker, self._models, self._metrics = broker, models, metrics
+        self._batch_rows, self._max_cohorts = batch_rows, max_cohorts
+        self._cohorts: deque[Cohort] = deque()
+        self._urgent_jobs: Sequence[Job] = ()
+        self._last_heartbeat = 0.0
+        self.stopping = False
+
+    def run(self) -> None:
+        """Work until :attr:`stopping` is set; then hand unfinished jobs back."""
+        while not self.stopping:
+            self._urgent(wait=not self._cohorts)
+            if len(self._cohorts) < self._max_cohorts:
+                jobs = self._broker.claim(LONG, self._batch_rows, timeout=0)
+                self._cohorts.extend(Cohort(self._models[jobs[0].model], jobs) for jobs in cohorts.group(jobs))
+            self._slices()
+            self._heartbeat()
+        for unfinished in self._cohorts:
+            for job in unfinished.jobs:
+                self._broker.release(job)
+
+    def _heartbeat(self) -> None:
+        now = time.monotonic()
+        if now - self._last_heartbeat < HEARTBEAT_SECONDS:
+            return
+        self._last_heartbeat = now
+        for model in self._models.values():
+            if model.device.type == "cuda":
+                held = torch.cuda.memory_reserved(model.device)
+                self._metrics.memory.labels(device=str(model.device)).set(held)
+        progress = dict.fromkeys((job.id for job in self._urgent_jobs), 0.0)
+        progress |= {job.id: cohort.fraction for cohort in self._cohorts for job in cohort.jobs}
+        lost = self._broker.heartbeat(progress, self._metrics.snapshot())
+        for cohort in self._cohorts:
+            cohort.drop(lost)
+
+    # Urgent work.
+
+    def _urgent(self, *, wait: bool) -> None:
+        """Do the urgent jobs that wait. An idle worker waits here for any job at all."""
+        ops = URGENT | LONG if wait else URGENT
+        jobs = self._broker.claim(ops, self._batch_rows, timeout=IDLE_SECONDS if wait else 0)
+        long = [job for job in jobs if job.op in LONG]
+        self._cohorts.extend(Cohort(self._models[jobs[0].model], jobs) for jobs in cohorts.group(long))
+        batches: dict[tuple[str, Op], list[Job]] = {}
+        for job in jobs:
+            if job.op in URGENT:
+                batches.setdefault((job.model, job.op), []).append(job)
+        for batch in batches.values():
+            self._urgent_batch(batch)
+
+    def _urgent_batch(self, jobs: Sequence[Job]) -> None:
+        model, op = self._models[jobs[0].model], jobs[0].op
+        start = time.perf_counter()
+        self._urgent_jobs = jobs
+        try:
+            results = RUN[op](model, jobs, self._batch_rows, self._heartbeat)
+        except BATCH_FAULTS as error:
+            self._batch_failed(jobs, error)
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._urgent_batch([job])
+            return
+        finally:
+            self._urgent_jobs = ()
+        seconds = time.perf_counter() - start
+        self._observe_batch(jobs, seconds)
+        for job, arrays in zip(jobs, results, strict=True):
+            self._deliver(job, arrays, seconds)
+
+    # Sampling.
+
+    def _slices(self) -> None:
+        """Advance cohorts in turn for one polling interval."""
+        until = time.perf_counter() + POLL_SECONDS
+        while self._cohorts and time.perf_counter() < until:
+            cohort = self._cohorts.popleft()
+            start = time.perf_counter()
+            op, name = str(cohort.jobs[0].op), cohort.model.info.name
+            try:
+                done = cohort.advance()
+                results = cohort.results() if done else []
+            except BATCH_FAULTS as error:
+                self._batch_failed(cohort.jobs, error)
+                if len(cohort.jobs) > 1:
+                    self._cohorts.extend(Cohort(cohort.model, [job]) for job in cohort.jobs)
+                continue
+            self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
+            if not done:
+                self._cohorts.append(cohort)
+                continue
+            if results:
+                self._observe_batch([job for job, _ in results], cohort.seconds)
+            for job, arrays in results:
+                self._deliver(job, arrays, cohort.seconds)
+
+    # Outcomes.
+
+    def _batch_failed(self, jobs: Sequence[Job], error: BaseException) -> None:
+        """Log a failed batch; a job that failed alone ends with an error, others are tried alone."""
+        log.error("a batch of %d %s jobs failed", len(jobs), jobs[0].op, exc_info=error)
+        self._metrics.failed_batches.labels(model=jobs[0].model, op=str(jobs[0].op)).inc()
+        if len(jobs) == 1:
+            reason = "the device is out of memory" if isinstance(error, torch.OutOfMemoryError) else "the model failed"
+            self._broker.fail(jobs[0], InternalError(f"{reason} on this request; the service's log has the details"))
+
+    def _observe_batch(self, jobs: Sequence[Job], seconds: float) -> None:
+        labels = {"model": jobs[0].model, "op": str(jobs[0].op)}
+        self._metrics.inference.labels(**labels).observe(seconds)
+        self._metrics.batch.labels(**labels).observe(sum(job.rows for job in jobs))
+
+    def _deliver(self, job: Job, arrays: Arrays, seconds: float) -> None:
+        labels = {"model": job.model, "op": str(job.op)}
+        self._metrics.images.labels(**labels).inc(job.rows)
+        if "finite" in arrays:
+            self._metrics.nonfinite.labels(**labels).inc(int((arrays["finite"] == 0).sum()))
+        for bits in arrays.get("bits_per_dim", ()):
+            self._metrics.bits.labels(model=job.model).observe(float(bits))
+        if not self._broker.complete(job, JobResult(arrays=arrays, inference_seconds=seconds)):
+            log.info("the result of %s was not wanted any more", job.id)

@@ -1,0 +1,294 @@
+"""What every broker promises, whichever way workers reach it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from service.errors import Canceled, InternalError, Overloaded, TimedOut, Unavailable, WorkerLost
+from service.jobs import LONG, URGENT, Op
+from tests.service.broker.conftest import Bench, job, model, result
+
+pytestmark = pytest.mark.anyio
+LONG_ENOUGH = 60.0
+
+
+async def test_a_result_reaches_the_one_who_waits(bench: Bench) -> None:
+    worker, sent = await bench.worker(), job("a", rows=3)
+    await bench.broker.submit(sent)
+    [got] = await worker.claim()
+    assert (got.id, got.op, got.model, got.rows, got.cost, got.attempt) == ("a", Op.SAMPLE, "m", 3, 1, 1)
+    assert got.payload["seeds"] == [0, 1, 2]
+    np.testing.assert_array_equal(got.payload["array"], sent.payload["array"])
+    assert await worker.complete(got, result(7.0))
+    answer = await bench.broker.wait("a", LONG_ENOUGH)
+    assert answer.arrays["value"][0] == 7.0
+    assert answer.inference_seconds == 0.5
+    assert answer.queue_seconds >= 0
+
+
+async def test_a_failure_reaches_the_one_who_waits(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a"))
+    [got] = await worker.claim()
+    assert await worker.fail(got, InternalError("too bad", code="bad", param="p"))
+    with pytest.raises(InternalError, match="too bad") as caught:
+        await bench.broker.wait("a", LONG_ENOUGH)
+    assert (caught.value.code, caught.value.param) == ("bad", "p")
+
+
+async def test_there_is_one_result(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a"))
+    [got] = await worker.claim()
+    assert await worker.complete(got, result(1.0))
+    assert not await worker.complete(got, result(2.0))
+    assert not await worker.fail(got, InternalError("late"))
+    assert (await bench.broker.wait("a", LONG_ENOUGH)).arrays["value"][0] == 1.0
+
+
+async def test_jobs_are_claimed_in_their_order(bench: Bench) -> None:
+    worker = await bench.worker()
+    for name in "abc":
+        await bench.broker.submit(job(name))
+    assert [j.id for j in await worker.claim()] == ["a", "b", "c"]
+    assert await worker.claim() == []
+
+
+async def test_a_claim_asks_for_ops(bench: Bench) -> None:
+    worker = await bench.worker()
+    for op in Op:
+        await bench.broker.submit(job(str(op), op))
+    assert {j.op for j in await worker.claim(URGENT)} == URGENT
+    assert {j.op for j in await worker.claim(LONG)} == LONG
+
+
+async def test_a_worker_gets_jobs_of_its_models_only(bench: Bench) -> None:
+    first, second = await bench.worker("w1", ["m"]), await bench.worker("w2", ["m", "n"])
+    await bench.broker.submit(job("a", model="n"))
+    await bench.broker.submit(job("b", model="m"))
+    assert [j.id for j in await first.claim()] == ["b"]
+    assert [j.id for j in await second.claim()] == ["a"]
+
+
+async def test_a_claim_is_bounded_but_never_starves_a_large_job(bench: Bench) -> None:
+    worker = await bench.worker()
+    for name, rows in (("a", 2), ("b", 2), ("c", 9), ("d", 1)):
+        await bench.broker.submit(job(name, rows=rows))
+    assert [j.id for j in await worker.claim(max_rows=4)] == ["a", "b"]
+    assert [j.id for j in await worker.claim(max_rows=4)] == ["c"]
+    assert [j.id for j in await worker.claim(max_rows=4)] == ["d"]
+
+
+async def test_a_waiting_claim_wakes_up(bench: Bench) -> None:
+    worker = await bench.worker()
+    claim = asyncio.create_task(worker.claim({Op.SCORE}, timeout=LONG_ENOUGH))
+    await asyncio.sleep(0.05)
+    await bench.broker.submit(job("other", Op.SAMPLE))
+    await asyncio.sleep(0.05)
+    assert not claim.done()
+    await bench.broker.submit(job("a", Op.SCORE))
+    async with asyncio.timeout(LONG_ENOUGH / 2):
+        assert [j.id for j in await claim] == ["a"]
+
+
+async def test_two_waiting_claims_share_the_work(bench: Bench) -> None:
+    workers = [await bench.worker("w1"), await bench.worker("w2")]
+    claims = [asyncio.create_task(w.claim(max_rows=1, timeout=LONG_ENOUGH)) for w in workers]
+    await asyncio.sleep(0.05)
+    await bench.broker.submit(job("a"))
+    await bench.broker.submit(job("b"))
+    async with asyncio.timeout(LONG_ENOUGH / 2):
+        got = [j.id for jobs in await asyncio.gather(*claims) for j in jobs]
+    assert sorted(got) == ["a", "b"]
+
+
+async def test_a_heartbeat_tells_what_is_lost(bench: Bench) -> None:
+    worker, other = await bench.worker("w1"), await bench.worker("w2")
+    for name in "abc":
+        await bench.broker.submit(job(name))
+    await worker.claim(max_rows=2)
+    await other.claim()
+    await bench.broker.cancel("b")
+    assert await worker.heartbeat({"a": 0.5, "b": 0.5, "c": 0.1, "unknown": 0.0}) == {"b", "c", "unknown"}
+
+
+async def test_a_canceled_job_that_waits_is_not_claimed(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a", cost=5))
+    await bench.broker.submit(job("b", cost=7))
+    await bench.broker.cancel("a")
+    assert (await bench.broker.stats()).waiting_cost == 7
+    assert [j.id for j in await worker.claim()] == ["b"]
+    with pytest.raises(Canceled):
+        await bench.broker.wait("a", LONG_ENOUGH)
+
+
+async def test_the_result_of_a_canceled_job_is_refused(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a"))
+    [got] = await worker.claim()
+    await bench.broker.cancel("a")
+    await bench.broker.cancel("a")
+    await bench.broker.cancel("unknown")
+    assert not await worker.complete(got, result())
+    with pytest.raises(Canceled):
+        await bench.broker.wait("a", LONG_ENOUGH)
+
+
+async def test_an_expired_lease_fences_its_holder(bench: Bench) -> None:
+    broker = await bench.open(lease_seconds=0.05)
+    slow, quick = await bench.worker("slow"), await bench.worker("quick")
+    await broker.submit(job("a"))
+    [stale] = await slow.claim()
+    await asyncio.sleep(0.1)
+    assert broker.reclaim_expired() == 1
+    assert await slow.heartbeat({"a": 0.5}) == {"a"}
+    [fresh] = await quick.claim()
+    assert (stale.attempt, fresh.attempt) == (1, 2)
+    assert not await slow.complete(stale, result(1.0))
+    assert await quick.complete(fresh, result(2.0))
+    assert (await broker.wait("a", LONG_ENOUGH)).arrays["value"][0] == 2.0
+
+
+async def test_the_attempt_fences_a_worker_that_has_the_job_again(bench: Bench) -> None:
+    broker = await bench.open(lease_seconds=0.05)
+    worker = await bench.worker()
+    await broker.submit(job("a"))
+    [stale] = await worker.claim()
+    await asyncio.sleep(0.1)
+    broker.reclaim_expired()
+    [fresh] = await worker.claim()
+    assert not await worker.complete(stale, result(1.0))
+    assert await worker.complete(fresh, result(2.0))
+
+
+async def test_heartbeats_keep_a_lease(bench: Bench) -> None:
+    broker = await bench.open(lease_seconds=0.5)
+    worker = await bench.worker()
+    await broker.submit(job("a"))
+    await broker.submit(job("b"))
+    await worker.claim()
+    await asyncio.sleep(0.6)
+    await worker.heartbeat({"a": 0.5})
+    assert broker.reclaim_expired() == 1
+    assert [j.id for j in await worker.claim()] == ["b"]
+
+
+async def test_what_a_lost_worker_had_comes_first_and_in_order(bench: Bench) -> None:
+    worker = await bench.worker("w1")
+    for name in "abcd":
+        await bench.broker.submit(job(name))
+    await worker.claim(max_rows=3)
+    await worker.leave()
+    other = await bench.worker("w2")
+    assert [(j.id, j.attempt) for j in await other.claim()] == [("a", 2), ("b", 2), ("c", 2), ("d", 1)]
+
+
+async def test_a_job_that_loses_its_workers_fails(bench: Bench) -> None:
+    broker = await bench.open(max_attempts=2)
+    await bench.worker("other", ["m"])
+    first = await bench.worker("w1")
+    await broker.submit(job("a"))
+    await first.claim()
+    await first.leave()
+    second = await bench.worker("w2")
+    [got] = await second.claim()
+    assert got.attempt == 2
+    await second.leave()
+    with pytest.raises(WorkerLost, match="2 workers"):
+        await broker.wait("a", LONG_ENOUGH)
+    assert sum((await broker.stats()).waiting.values()) == 0
+
+
+async def test_a_released_job_counts_no_attempt(bench: Bench) -> None:
+    worker = await bench.worker()
+    for name in "abc":
+        await bench.broker.submit(job(name))
+    first, second = await worker.claim(max_rows=2)
+    await worker.release(first)
+    await worker.release(second)
+    assert not await worker.complete(first, result())
+    assert [(j.id, j.attempt) for j in await worker.claim()] == [("a", 1), ("b", 1), ("c", 1)]
+
+
+async def test_the_door_is_shut_when_too_much_waits(bench: Bench) -> None:
+    broker = await bench.open(max_queue_cost=10)
+    worker = await bench.worker()
+    await broker.submit(job("large", cost=50))  # alone it is let in, or it never could be
+    with pytest.raises(Overloaded, match="queue is full") as caught:
+        await broker.submit(job("b", cost=1))
+    assert caught.value.retry_after is not None
+    await worker.claim()
+    await broker.submit(job("c", cost=6))
+    await broker.submit(job("d", cost=4))
+    with pytest.raises(Overloaded):
+        await broker.submit(job("e", cost=1))
+    assert (await broker.stats()).waiting_cost == 10
+
+
+async def test_without_a_live_worker_nothing_is_accepted(bench: Bench) -> None:
+    broker = await bench.open(ready_seconds=0.3)
+    with pytest.raises(Unavailable, match="no worker"):
+        await broker.submit(job("a"))
+    worker = await bench.worker("w1", ["other"])
+    with pytest.raises(Unavailable, match="no worker"):
+        await broker.submit(job("a"))
+    await bench.worker("w2", ["m"])
+    await asyncio.sleep(0.4)
+    with pytest.raises(Unavailable):
+        await broker.submit(job("a"))
+    await worker.heartbeat({})
+    await broker.submit(job("a", model="other"))
+
+
+async def test_a_draining_broker_finishes_what_it_accepted(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a"))
+    bench.broker.drain()
+    with pytest.raises(Unavailable) as caught:
+        await bench.broker.submit(job("b"))
+    assert caught.value.code == "draining"
+    [got] = await worker.claim()
+    assert await worker.complete(got, result())
+    await bench.broker.wait("a", LONG_ENOUGH)
+
+
+async def test_waiting_ends_and_cancels(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a"))
+    await bench.broker.submit(job("b"))
+    await worker.claim(max_rows=1)
+    for name in "ab":
+        with pytest.raises(TimedOut, match="canceled"):
+            await bench.broker.wait(name, 0.05)
+    assert await worker.heartbeat({"a": 0.5}) == {"a"}
+    assert await worker.claim() == []
+
+
+async def test_stats_count_by_op(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a", Op.SCORE, cost=2))
+    await bench.broker.submit(job("b", Op.SAMPLE, cost=3))
+    await bench.broker.submit(job("c", Op.SAMPLE, cost=4))
+    await worker.claim({Op.SCORE})
+    stats = await bench.broker.stats()
+    assert (dict(stats.waiting), dict(stats.running), stats.waiting_cost) == ({Op.SAMPLE: 2}, {Op.SCORE: 1}, 7)
+    assert stats.oldest_wait_seconds >= 0
+
+
+async def test_workers_and_models_are_known(bench: Bench) -> None:
+    bench.broker.announce([model("z")])
+    worker = await bench.worker("w1", ["m", "b"])
+    figures = [{"name": "n", "type": "gauge", "documentation": "", "samples": [["n", {}, 1.0]]}]
+    await worker.heartbeat({}, figures)
+    await worker.heartbeat({})
+    [status] = await bench.broker.workers()
+    assert (status.info.id, status.info.device, list(status.measurements)) == ("w1", "cpu", figures)
+    assert status.heartbeat_age >= 0
+    assert await bench.broker.models() == [model("b"), model("m"), model("z")]
+    await worker.leave()
+    assert await bench.broker.workers() == []
+    assert [m.name for m in await bench.broker.models()] == ["b", "m", "z"]

@@ -1,0 +1,93 @@
+"""One real server for the whole session, with the bundled model and four tiny ones."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from model.bundle import BUNDLED
+from model.config import NoiseProtocol
+from service.local import import_checkpoint
+from tests.service.processes import ServerProcess
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+CLASSES = ("cat", "dog", "0", "fox", "owl")
+"""Names of tiny-cond; one of them looks like the index of another."""
+
+Start = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Tests of coroutines run on asyncio alone."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Directory of the checkpoints in the official layout."""
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles: fashion-mnist, tiny-cond, tiny-uncond, tiny-uniform and tiny-vp."""
+    directory = tmp_path_factory.mktemp("models")
+    shutil.copytree(BUNDLED / "fashion-mnist", directory / "fashion-mnist")
+    gaussian = NoiseProtocol(kind="gaussian", std=0.05)
+    for name, checkpoint, noise, classes in (
+        ("tiny-cond", "tiny_cond", gaussian, CLASSES),
+        ("tiny-uncond", "tiny_uncond", gaussian, None),
+        ("tiny-uniform", "tiny_cond", NoiseProtocol(kind="uniform"), None),
+        ("tiny-vp", "tiny_uncond_vp", gaussian, None),
+    ):
+        import_checkpoint(REFERENCE / f"{checkpoint}.pth", directory / name, noise, name=name, class_names=classes)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The session's server; it must also leave in order."""
+    process = ServerProcess(tmp_path_factory.mktemp("server") / "log", "--models", models)
+    try:
+        yield process.wait_ready()
+        assert process.stop() == 0, process.log
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> Iterator[httpx.Client]:
+    """A client of the session's server."""
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start other servers, for tests that harm them: ``start(*flags, **environment)``."""
+    processes: list[ServerProcess] = []
+
+    def start(*flags: str | Path, **more: str) -> ServerProcess:
+        process = ServerProcess(tmp_path / f"log-{len(processes)}", *flags, **more)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        print(process.log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of the server's log with a failure."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and isinstance(server, ServerProcess):
+        report.sections.append(("server log", server.log[-5000:]))
+    return report

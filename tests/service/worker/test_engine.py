@@ -1,0 +1,111 @@
+"""The inference loop over a real broker: a bad job harms only itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.bundle import read_bundle
+from model.weights import load_flow
+from service.broker.memory import MemoryBroker
+from service.broker.socket import BrokerServer, SocketWorkerBroker
+from service.errors import InternalError
+from service.jobs import Job, ModelInfo, Op, WorkerInfo
+from service.worker.engine import Engine
+from service.worker.loading import LoadedModel
+from service.worker.metrics import WorkerMetrics
+
+pytestmark = pytest.mark.anyio
+PATIENCE = 120
+LEASE = 1.0
+
+
+class Bench:
+    """An engine that is not running yet, behind a broker that knows it."""
+
+    def __init__(self, broker: MemoryBroker, engine: Engine, metrics: WorkerMetrics) -> None:
+        self.broker, self.engine, self.metrics = broker, engine, metrics
+        self.thread = threading.Thread(target=engine.run)
+
+    def failed(self) -> float:
+        """Failed batches of all kinds."""
+        families = {family["name"]: family["samples"] for family in self.metrics.snapshot()}
+        return sum(v for name, _, v in families["tarflow_failed_batches"] if name.endswith("_total"))
+
+
+@pytest.fixture
+async def bench(models: Path, tmp_path: Path) -> AsyncIterator[Bench]:
+    broker = MemoryBroker(max_queue_cost=1000, lease_seconds=LEASE, ready_seconds=60, max_attempts=3)
+    server = BrokerServer(broker, tmp_path / "socket", sweep_seconds=0.05)
+    await server.start()
+    bundle = read_bundle(models / "tiny-vp")
+    model = LoadedModel(ModelInfo.of(bundle), load_flow(bundle), torch.device("cpu"))
+    face = await asyncio.to_thread(SocketWorkerBroker, tmp_path / "socket")
+    await asyncio.to_thread(face.register, WorkerInfo(id="w", device="cpu", models=(model.info,)))
+    metrics = WorkerMetrics("w")
+    bench = Bench(broker, Engine(face, {"tiny-vp": model}, metrics, batch_rows=8, max_cohorts=2), metrics)
+    yield bench
+    bench.engine.stopping = True
+    if bench.thread.ident is not None:
+        await asyncio.to_thread(bench.thread.join)
+    face.close()
+    await server.stop()
+
+
+def score(job_id: str, size: int = 8, rows: int = 1, draws: int = 1) -> Job:
+    payload = {"pixels": np.zeros((rows, 1, size, size), np.uint8), "label": None, "draws": draws, "seed": 0}
+    return Job(id=job_id, op=Op.SCORE, model="tiny-vp", payload=payload, rows=rows, cost=1)
+
+
+def decode(job_id: str, patches: int = 16) -> Job:
+    latents = np.zeros((1, patches, 4), np.float32)
+    payload = {"latents": latents, "label": None, "options": {"denoise": False}}
+    return Job(id=job_id, op=Op.DECODE, model="tiny-vp", payload=payload, rows=1, cost=1)
+
+
+@pytest.mark.parametrize("make", [score, decode])
+async def test_a_bad_job_fails_alone(bench: Bench, make: Callable[..., Job]) -> None:
+    for job in (make("a"), make("bad", 5), make("b")):
+        await bench.broker.submit(job)
+    bench.thread.start()
+    for job_id in ("a", "b"):
+        assert (await bench.broker.wait(job_id, PATIENCE)).arrays
+    with pytest.raises(InternalError, match="the model failed"):
+        await bench.broker.wait("bad", PATIENCE)
+    assert bench.failed() == 2  # together, and alone
+
+
+async def test_a_score_that_takes_long_keeps_its_lease(bench: Bench) -> None:
+    """Lost leases would end it as WorkerLost, after three attempts."""
+    await bench.broker.submit(score("a", rows=64, draws=64))
+    bench.thread.start()
+    assert (await bench.broker.wait("a", PATIENCE)).arrays["log_likelihood"].shape == (64,)
+    stats = await bench.broker.stats()
+    assert sum(stats.waiting.values()) + sum(stats.running.values()) == 0
+
+
+async def test_values_that_are_not_finite_are_counted_and_told(bench: Bench) -> None:
+    job = decode("a")
+    job.payload["latents"][:] = np.finfo(np.float32).max
+    await bench.broker.submit(job)
+    bench.thread.start()
+    arrays = (await bench.broker.wait("a", PATIENCE)).arrays
+    assert arrays["pixels"].dtype == np.uint8
+    families = {family["name"]: family["samples"] for family in bench.metrics.snapshot()}
+    counted = sum(v for name, _, v in families["tarflow_nonfinite"] if name.endswith("_total"))
+    assert counted == 1 - arrays["finite"][0]
+
+
+async def test_stopping_hands_unfinished_work_back(bench: Bench) -> None:
+    bench.engine.stopping = True
+    await bench.broker.submit(decode("a"))
+    bench.thread.start()
+    await asyncio.to_thread(bench.thread.join)
+    stats = await bench.broker.stats()
+    assert (sum(stats.waiting.values()), sum(stats.running.values())) == (1, 0)

@@ -1,0 +1,53 @@
+"""Score batches: how rows are put together changes nothing, and a worker is heard between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.bundle import read_bundle
+from model.weights import load_flow
+from service.jobs import Job, ModelInfo, Op
+from service.worker.loading import LoadedModel
+from service.worker.scoring import encode_images, score
+
+
+@pytest.fixture(scope="module")
+def tiny(models: Path) -> LoadedModel:
+    bundle = read_bundle(models / "tiny-cond")
+    return LoadedModel(ModelInfo.of(bundle), load_flow(bundle), torch.device("cpu"))
+
+
+def job(op: Op, rows: int, draws: int, label: int | None) -> Job:
+    pixels = np.random.default_rng(rows).integers(0, 256, (rows, 3, 16, 16), dtype=np.uint8)
+    payload = {"pixels": pixels, "label": label, "draws": draws, "seed": 1, "add_noise": True}
+    payload = payload if op is Op.SCORE else {name: value for name, value in payload.items() if name != "draws"}
+    return Job(id=f"{rows}", op=op, model="tiny-cond", payload=payload, rows=rows, cost=1)
+
+
+def test_scores_do_not_depend_on_the_batches(tiny: LoadedModel) -> None:
+    jobs = [job(Op.SCORE, 3, 2, 0), job(Op.SCORE, 1, 4, None), job(Op.SCORE, 5, 1, 4)]
+    alone = [score(tiny, [one], 64)[0] for one in jobs]
+    for batch_rows in (1, 4, 64):
+        for together, expected in zip(score(tiny, jobs, batch_rows), alone, strict=True):
+            assert together.keys() == expected.keys()
+            for name, values in together.items():
+                np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-2)
+
+
+def test_latents_do_not_depend_on_the_batches(tiny: LoadedModel) -> None:
+    jobs = [job(Op.ENCODE, 3, 1, 0), job(Op.ENCODE, 2, 1, None)]
+    alone = [encode_images(tiny, [one], 64)[0] for one in jobs]
+    for together, expected in zip(encode_images(tiny, jobs, 2), alone, strict=True):
+        np.testing.assert_allclose(together["latents"], expected["latents"], atol=1e-4)
+
+
+def test_a_worker_is_heard_between_batches(tiny: LoadedModel) -> None:
+    beats: list[None] = []
+    score(tiny, [job(Op.SCORE, 5, 4, 0)], 2, lambda: beats.append(None))
+    assert len(beats) == 10
+    encode_images(tiny, [job(Op.ENCODE, 6, 1, 0)], 2, lambda: beats.append(None))
+    assert len(beats) == 13

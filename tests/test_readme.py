@@ -1,0 +1,112 @@
+"""The README stays true: its commands are executed, in its order, as a newcomer would.
+
+`make test` is what runs this, and needs no second run; `docker compose` needs an engine, so what it would
+read is checked in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from model.images import load_image
+
+ROOT = Path(__file__).parents[1]
+LONG_RUNNING = re.compile(r"^(make serve|\S*tarflow serve\b)")
+READY_SECONDS = 120
+
+
+def commands() -> list[str]:
+    """Every command of the README's sh blocks, with continued lines joined and comments cut off."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines if line.strip()]
+
+
+@contextmanager
+def running(command: str, directory: Path, log: Path) -> Iterator[httpx.Client]:
+    """A server that a README command starts, ready, and stopped afterwards with Ctrl-C."""
+    port = int(match[1]) if (match := re.search(r"--port (\d+)", command)) else 8000
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, shell=True, cwd=directory, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+                deadline = time.monotonic() + READY_SECONDS
+                while True:
+                    try:
+                        if client.get("/readyz").status_code == 200:
+                            break
+                    except httpx.TransportError:
+                        pass
+                    assert process.poll() is None, log.read_text()
+                    assert time.monotonic() < deadline, log.read_text()
+                    time.sleep(0.2)
+                yield client
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that looks like the clone, so that what the commands write stays out of the real one."""
+    directory = tmp_path_factory.mktemp("clone")
+    for entry in ROOT.iterdir():
+        if entry.name not in ("runs", "models"):
+            (directory / entry.name).symlink_to(entry)
+    return directory
+
+
+def test_the_commands_do_what_the_readme_says(newcomer: Path, tmp_path: Path) -> None:
+    everything = commands()
+    assert everything[:2] == ["make serve", "make test"]
+    to_run = [c for c in everything if c != "make test" and not c.startswith("docker ")]
+    assert len(to_run) >= 12
+    # In the real clone: it must not install anything into a directory that will be gone.
+    with running("make serve", ROOT, tmp_path / "make-serve.log"):
+        for number, command in enumerate(to_run[1:]):
+            if LONG_RUNNING.match(command):
+                with running(command, newcomer, tmp_path / f"serve-{number}.log") as client:
+                    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny"]
+                continue
+            # -f makes curl fail on an HTTP error.
+            done = subprocess.run(
+                command.replace("curl -s ", "curl -sSf "), shell=True, cwd=newcomer, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    for name in ("boot.png", "again.png", "clean.png", "bags.png"):
+        assert load_image((newcomer / name).read_bytes()).image.mode == "L"
+    assert (newcomer / "runs/clothes/bundle/manifest.json").is_file()
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text()):
+        assert target.startswith("https://") or (ROOT / target).is_file(), target
+
+
+def test_numbers_are_filled_in() -> None:
+    assert "@@" not in (ROOT / "README.md").read_text()
+
+
+def test_compose_names_files_that_exist() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    build = compose["services"]["tarflow"]["build"]
+    assert (ROOT / build["context"] / build["dockerfile"]).is_file()
+    [volume] = compose["services"]["prometheus"]["volumes"]
+    scrape = yaml.safe_load((ROOT / volume.split(":")[0]).read_text())
+    assert scrape["scrape_configs"][0]["static_configs"][0]["targets"] == ["tarflow:8000"]
+    gpu = yaml.safe_load((ROOT / "docker/compose.gpu.yml").read_text())
+    assert set(gpu["services"]) <= set(compose["services"])
