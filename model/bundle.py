@@ -88,11 +88,16 @@ class BundleConfig:
             raise ValueError(f"name: got {self.name!r}, allowed is {allowed}")
         names = self.class_names
         if len(names) != self.flow.num_classes or not all(isinstance(n, str) and n for n in names):
-            raise ValueError(f"class_names: got {list(names)!r}, allowed is {self.flow.num_classes} names")
+            raise ValueError(
+                f"class_names: got {len(names)}, allowed is {self.flow.num_classes} names that are not empty"
+            )
         if not isinstance(self.training, Mapping):
             raise ValueError(f"training: got {self.training!r}, allowed is an object")
         if len(set(names)) != len(names):
-            raise ValueError(f"class_names: got {list(names)!r}, allowed is each name once")
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(
+                f"class_names: got {', '.join(map(repr, repeated))} more than once, allowed is each name once"
+            )
 
     def to_json(self) -> bytes:
         """The bytes of config.json."""

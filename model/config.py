@@ -141,6 +141,13 @@ class FlowConfig(Record):
         return self.num_patches * self.patch_dim
 
     @property
+    def flops_per_image(self) -> int:
+        """Floating-point operations of one parallel pass over one image: matrix products and attention."""
+        T, W = self.num_patches, self.width
+        layer = 2 * T * (4 + 2 * self.expansion) * W**2 + 4 * T**2 * W
+        return sum(self.layer_counts) * layer
+
+    @property
     def num_heads(self) -> int:
         """Attention heads of every layer."""
         return self.width // self.head_dim

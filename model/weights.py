@@ -22,6 +22,7 @@ from model.bundle import (
     Bundle,
     BundleConfig,
     BundleDamaged,
+    BundleError,
     BundleShapeMismatch,
     read_bundle,
     read_file,
@@ -42,7 +43,9 @@ def write_bundle(
     """Write a complete bundle, replacing one that is there; returns what was written.
 
     ``samples_png`` is a picture that the card may show as ``samples.png``.
-    The new directory is built beside the old and swapped in, so a reader never sees half a bundle.
+    The new directory is built beside the old and swapped in, so a reader sees the old bundle, the new one,
+    or for an instant none, but never half of one. Raises :class:`BundleError` when the directory holds
+    something else.
     Raises :class:`BundleDamaged` when a weight is not finite.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
@@ -80,6 +83,13 @@ def update_bundle(
 
 
 def _replace_files(directory: Path, files: dict[str, bytes], created: int) -> None:
+    directory = directory.resolve()
+    if (
+        directory.exists()
+        and not (directory / MANIFEST).is_file()
+        and (directory.is_file() or any(directory.iterdir()))
+    ):
+        raise BundleError(f"{directory}: exists and is not a bundle; choose a new directory")
     # Names with a dot in front, so that what an interruption leaves is not taken for a bundle.
     part, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)

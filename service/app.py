@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 
+import anyio
 from fastapi import FastAPI
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
@@ -15,6 +16,8 @@ from service.broker.base import Broker
 from service.metrics import ServiceMetrics
 from service.settings import Settings
 
+DECODING_THREADS = 4
+"""Requests whose images are decoded at the same time."""
 DESCRIPTION = """
 Images from TarFlow normalizing flows, and exactly how likely an image is.
 
@@ -45,6 +48,7 @@ def create_app(
     )
     app.state.settings, app.state.broker = settings, broker
     app.state.metrics = ServiceMetrics()
+    app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)
     app.state.draining, app.state.restarts = draining, restarts
     for part in (sampling, scoring, models, health):
         app.include_router(part.router)

@@ -80,6 +80,7 @@ def import_(
     uniform: Annotated[bool, typer.Option("--uniform", help="Trained with uniform dequantization.")] = False,
     class_names: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; by default that of OUT.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is at OUT.")] = False,
 ) -> None:
     """Turn a checkpoint of the official implementation into a bundle that can be served."""
     with clear_errors():
@@ -92,7 +93,9 @@ def import_(
         names = None
         if class_names is not None:
             names = [line.strip() for line in class_names.read_text().splitlines() if line.strip()]
-        bundle = import_checkpoint(checkpoint, out, noise, name=name or out.resolve().name, class_names=names)
+        bundle = import_checkpoint(
+            checkpoint, out, noise, name=name or out.resolve().name, class_names=names, replace_existing=force
+        )
     flow = bundle.config.flow
     typer.echo(
         f"{out}: model {bundle.name!r}, {flow.image_size}x{flow.image_size}, {flow.channels} channels, "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from model.bundle import BUNDLED, Bundle, BundleConfig, read_bundle
+from model.bundle import BUNDLED, Bundle, BundleConfig, BundleError, read_bundle
 from model.config import NoiseProtocol, SamplingDefaults
 from model.images import ImageError, encode_image, fit_image, grid, load_image
 from model.official import read_checkpoint, to_flow
@@ -31,12 +31,21 @@ def find_bundle(name_or_path: str) -> Bundle:
 
 
 def import_checkpoint(
-    checkpoint: Path, out: Path, noise: NoiseProtocol, *, name: str, class_names: Sequence[str] | None
+    checkpoint: Path,
+    out: Path,
+    noise: NoiseProtocol,
+    *,
+    name: str,
+    class_names: Sequence[str] | None,
+    replace_existing: bool = False,
 ) -> Bundle:
     """Turn an official-layout state dict into a bundle at ``out``.
 
-    Raises ``CheckpointFormatError`` for another file, ``ValueError`` for unfitting class names.
+    Raises ``BundleError`` when ``out`` holds something already (a bundle is replaced if asked for),
+    ``CheckpointFormatError`` for another file, ``ValueError`` for unfitting class names.
     """
+    if out.exists() and not replace_existing and (out.is_file() or any(out.iterdir())):
+        raise BundleError(f"{out}: exists already; choose a new directory, or --force to replace a bundle")
     flow = to_flow(read_checkpoint(checkpoint))
     names = class_names if class_names is not None else [str(i) for i in range(flow.config.num_classes)]
     provenance = {"imported_from": checkpoint.name, "layout": "apple/ml-tarflow"}

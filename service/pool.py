@@ -18,13 +18,19 @@ LONGEST_DELAY = 30.0
 STABLE_SECONDS = 60.0
 """A worker that lived this long starts its successor without the delay that failures have built up."""
 STOP_SECONDS = 10.0
+CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")
 """Device nodes of NVIDIA, WSL and AMD GPUs."""
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: its affinity, and in a container its share of CPU time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CGROUP_CPU.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
 def _has_gpu_node() -> bool:
@@ -43,6 +49,16 @@ async def find_devices(setting: str) -> list[str]:
     )
     answer, _ = await process.communicate()
     return answer.decode().strip().split(",") if process.returncode == 0 else [setting]
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    process.terminate()
+    try:
+        async with asyncio.timeout(STOP_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 class Pool:
@@ -67,16 +83,7 @@ class Pool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for process in self._processes.values():
-            if process.returncode is not None:
-                continue
-            process.terminate()
-            try:
-                async with asyncio.timeout(STOP_SECONDS):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-                await process.wait()
+        await asyncio.gather(*(_stop(p) for p in self._processes.values() if p.returncode is None))
 
     def _command(self, worker_id: str, device: str) -> list[str]:
         settings = self._settings

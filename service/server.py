@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,13 +25,15 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.1
+ANSWER_SECONDS = 5
 
 
 class _Server(uvicorn.Server):
     """Says that it drains before it stops listening, so that balancers and callers hear of it."""
 
-    def __init__(self, config: uvicorn.Config, broker: MemoryBroker, pool: Pool) -> None:
+    def __init__(self, config: uvicorn.Config, broker: MemoryBroker, pool: Pool, drain_seconds: float) -> None:
         super().__init__(config)
+        self._drain_seconds = drain_seconds
         self._broker, self._pool = broker, pool
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -47,8 +50,14 @@ class _Server(uvicorn.Server):
         return self._pool.unusable or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        """Refuse new jobs, let the running ones finish, then close."""
+        """Refuse new jobs while the running ones finish and /readyz says so; then close."""
         self._broker.drain()
+        deadline = time.monotonic() + self._drain_seconds
+        # Polled, because a second Ctrl-C is a signal and no event of the loop.
+        while not (self._broker.idle or self.force_exit) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        # What is left gets an answer, too.
+        self._broker.abandon()
         await super().shutdown(sockets)  # type: ignore[arg-type]
 
 
@@ -99,8 +108,9 @@ def serve(settings: Settings) -> None:
             port=settings.port,
             log_level=settings.log_level,
             access_log=settings.log_level == "debug",
-            timeout_graceful_shutdown=settings.drain_seconds,
+            # Jobs have ended by then; this is for answers that are still being written.
+            timeout_graceful_shutdown=ANSWER_SECONDS,
         )
-        asyncio.run(_Server(config, broker, pool).serve())
+        asyncio.run(_Server(config, broker, pool, settings.drain_seconds).serve())
     if pool.unusable:
         raise ValueError("a worker cannot start; its last line in the log says why")

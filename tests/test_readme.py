@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def commands() -> list[str]:
 def running(command: str, directory: Path, log: Path) -> Iterator[httpx.Client]:
     """A server that a README command starts, ready, and stopped afterwards with Ctrl-C."""
     port = int(match[1]) if (match := re.search(r"--port (\d+)", command)) else 8000
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port}, which the README uses, is taken"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, shell=True, cwd=directory, stdout=output, stderr=output, start_new_session=True

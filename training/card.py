@@ -143,8 +143,8 @@ def _training(config: TrainConfig, facts: RunFacts) -> str:
     ]
     if facts.bits_per_dim is not None:
         lines.append(
-            f"- Training bits/dim: {facts.bits_per_dim:.4f} (mean over the last epoch as it trained, "
-            "before averaging the weights" + (" and with dropped labels)" if label_drop else ")")
+            f"- Training bits/dim, by the same protocol as below: {facts.bits_per_dim:.4f} (mean over the last epoch "
+            "as it trained, before averaging the weights" + (" and with dropped labels)" if label_drop else ")")
         )
     return "\n".join(lines)
 

@@ -84,6 +84,9 @@ def _load_idx(directory: Path, split: str, image_size: int, channels: int) -> Im
 def _load_folders(directory: Path, split: str, image_size: int, channels: int) -> Images:
     root = directory / split if (directory / split).is_dir() else directory
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if root is directory:
+        # Class folders beside a test folder: what is tested on is no class to train on.
+        folders = [folder for folder in folders if folder.name != "test"]
     if not folders:
         folders = [root]
     names: list[str] = []

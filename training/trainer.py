@@ -57,6 +57,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, images: Images, out: Path, device: torch.device) -> None:
         self.config, self.out, self.device = config, out, device
+        if config.data.holdout >= len(images):
+            raise ValueError(
+                f"holdout: got {config.data.holdout}, allowed is less than the {len(images)} images there are"
+            )
         self.images = images.part(None, len(images) - config.data.holdout)
         options = config.optimization
         if len(self.images) < options.batch_size:

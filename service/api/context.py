@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from service.broker.base import Broker
@@ -12,6 +13,9 @@ from service.errors import InvalidRequest, NotFound, Unavailable
 from service.jobs import ModelInfo
 from service.metrics import ServiceMetrics
 from service.settings import Settings
+
+MOST_SHOWN = 20
+"""Class names that an error lists."""
 
 
 class Context:
@@ -22,6 +26,7 @@ class Context:
         self.settings: Settings = request.app.state.settings
         self.broker: Broker = request.app.state.broker
         self.metrics: ServiceMetrics = request.app.state.metrics
+        self.decoding: CapacityLimiter = request.app.state.decoding
 
     async def model(self, name: str | None) -> ModelInfo:
         """The model a request names, or the default; raises :class:`~service.errors.NotFound`."""
@@ -60,8 +65,9 @@ def resolve_class(model: ModelInfo, value: str | int | None) -> int | None:
         lowered = {name.lower(): name for name in names}
         near = [lowered[n] for n in difflib.get_close_matches(value.lower(), lowered, n=3)]
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        shown = ", ".join(map(repr, names[:MOST_SHOWN])) + (", …" if len(names) > MOST_SHOWN else "")
         raise InvalidRequest(
-            f"class: got {value!r}; {hint}allowed are {', '.join(map(repr, names))}, or an index",
+            f"class: got {value[:100]!r}; {hint}allowed are {shown}, or an index from 0 to {len(names) - 1}",
             param="class",
             code="class_not_found",
         )

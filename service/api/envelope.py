@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -59,6 +60,13 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
 _UNION_MEMBERS = ("str", "int", "float", "compact", "nested", "nullable")
 
 
+def _shown(value: Any) -> str:
+    """A value as it was sent, cut short; a long list is never written out whole."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 80
+    return brief.repr(value)
+
+
 def body(error: ServiceError) -> dict[str, Any]:
     """The envelope of an error."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
@@ -83,8 +91,9 @@ def from_validation(error: RequestValidationError) -> ServiceError:
     # Pydantic names the members of unions in the location too, which are no fields of the caller's.
     location = [str(part) for part in first["loc"][1:] if part not in _UNION_MEMBERS]
     param = ".".join(part for part in location if part.isidentifier() or part.isdecimal()) or None
-    got = repr(first.get("input"))
-    shown = got if len(got) <= 80 else got[:77] + "..."
+    if not param and first["type"] in ("model_type", "model_attributes_type"):
+        return errors.InvalidRequest(f"the body must be a JSON object (got {_shown(first.get('input'))})")
+    shown = _shown(first.get("input"))
     message = f"{param or 'body'}: {first['msg']}" + ("" if first["type"] == "missing" else f" (got {shown})")
     code = {"missing": "missing_field", "extra_forbidden": "unknown_field"}.get(first["type"], "invalid_value")
     return errors.InvalidRequest(message, param=param, code=code)

@@ -45,12 +45,14 @@ def accepted_image(accept: str | None, wanted: OutputFormat | None) -> Format | 
     # Among formats that are accepted equally: the wanted one, then the first (min keeps the order).
     formats: tuple[Format, ...] = get_args(Format)
     best = min(formats, key=lambda f: (-quality_of(f"image/{f}"), f != wanted))
+    if wanted == "npy" and not quality_of("application/json"):
+        raise NotAcceptable(f"Accept: got {accept!r}; output_format npy is answered as application/json only")
     image, document = quality_of(f"image/{best}"), quality_of("application/json")
     if not image and not document:
         raise NotAcceptable(
             f"Accept: got {accept!r}; can be answered with application/json, image/png, image/jpeg or image/webp"
         )
-    return best if image > document else None
+    return best if image > document and wanted != "npy" else None
 
 
 def tensor(values: NDArray[np.float32]) -> TensorValue:

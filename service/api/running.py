@@ -22,6 +22,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def cost_of(model: ModelInfo, rows: int, passes: int = 1) -> int:
+    """What admission counts: images × patches × passes."""
+    return rows * model.flow.num_patches * passes
+
+
 def new_job(model: ModelInfo, op: Op, payload: Mapping[str, Any], rows: int, passes: int = 1) -> Job:
     """A job with a fresh id, its cost in images × patches × passes."""
     return Job(
@@ -30,7 +35,7 @@ def new_job(model: ModelInfo, op: Op, payload: Mapping[str, Any], rows: int, pas
         model=model.name,
         payload=payload,
         rows=rows,
-        cost=rows * model.flow.num_patches * passes,
+        cost=cost_of(model, rows, passes),
     )
 
 

@@ -13,8 +13,8 @@ from fastapi import APIRouter, Request, Response
 from model.config import MAX_SEED, SamplingDefaults
 from service.api import examples
 from service.api.context import Context, ContextDependency, class_name, resolve_class
-from service.api.rendering import accepted_image, image_results, picture, warnings
-from service.api.running import new_job, run
+from service.api.rendering import NON_FINITE, accepted_image, image_results, picture, warnings
+from service.api.running import cost_of, new_job, run
 from service.api.schemas import (
     DecodeRequest,
     DenoiseRequest,
@@ -38,14 +38,20 @@ IMAGES: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorResponse, "description": "Why it cannot be done now"},
 }
 
+DENOISE_PASSES = 3
+"""Cost of denoising in passes: forward, again block by block, and backward."""
+
 router = APIRouter(prefix="/v1", tags=["images"], responses=IMAGES)
 
 
-def _options(model: ModelInfo, sent: Guidance) -> SamplingDefaults:
-    """The bundle's recommendation with the fields that the request sets."""
+def _options(model: ModelInfo, sent: Guidance, label: int | None) -> SamplingDefaults:
+    """The bundle's recommendation with the fields that the request sets, as they will be used."""
     names = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoise")
     given = {name: value for name in names if (value := getattr(sent, name)) is not None}
     options = replace(model.sampling, **given)
+    if label is None and options.attention_temperature == 1:
+        # Without class and temperature both passes are the same, and guidance does nothing.
+        options = replace(options, guidance_scale=0.0)
     if options.denoise:
         _check_can_denoise(model)
     return options
@@ -81,8 +87,13 @@ async def _respond(
     job = replace(job, payload={**job.payload, "floats": output_format == "npy"})
     result, timing = await run(context, job)
     if file_format is not None:
+        noted = {notice.code for detail in details for notice in detail.get("warnings", ())}
+        noted |= set() if result.arrays["finite"].all() else {NON_FINITE.code}
+        notes = {"x-tarflow-warnings": ",".join(sorted(noted))} if noted else {}
         seeds = {"x-tarflow-seed": str(parameters["seed"])} if parameters.get("seed") is not None else {}
-        return await picture(result, file_format, {"x-tarflow-model": model.name, "x-tarflow-job": job.id, **seeds})
+        return await picture(
+            result, file_format, {"x-tarflow-model": model.name, "x-tarflow-job": job.id, **seeds, **notes}
+        )
     return ImagesResponse(
         id=job.id,
         model=model.name,
@@ -95,10 +106,10 @@ async def _respond(
 @router.post("/sample", response_model=ImagesResponse, summary="Draw images")
 async def sample(body: SampleRequest, context: ContextDependency) -> Response | ImagesResponse:
     """Draw images of a class, or of none. The same model, seed and parameters give the same image."""
+    check_count(body.num_images, "num_images", context.settings)
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
-    options = _options(model, body)
-    check_count(body.num_images, "num_images", context.settings)
+    options = _options(model, body, label)
     seed = secrets.randbelow(2**32) if body.seed is None else body.seed
     if seed + body.num_images - 1 > MAX_SEED:
         raise InvalidRequest(
@@ -123,7 +134,7 @@ async def decode(body: DecodeRequest, context: ContextDependency) -> Response | 
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
     exact = body.model_copy(update={"guidance_scale": body.guidance_scale or 0.0, "denoise": bool(body.denoise)})
-    options = _options(model, exact)
+    options = _options(model, exact, label)
     check_count(len(body.latents), "latents", context.settings)
     latents = np.stack([read_latent(value, i, model) for i, value in enumerate(body.latents)])
     payload = {"latents": latents, "label": label, "options": options.to_dict()}
@@ -143,9 +154,10 @@ async def denoise(request: Request, context: ContextDependency) -> Response | Im
     model = await context.model(body.model)
     _check_can_denoise(model)
     label = resolve_class(model, body.class_)
-    inputs = await fit_uploads(uploads, model, context.settings)
+    await context.broker.check(model.name, cost_of(model, len(uploads), DENOISE_PASSES))
+    inputs = await fit_uploads(uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
-    job = new_job(model, Op.DENOISE, payload, len(uploads), passes=3)
+    job = new_job(model, Op.DENOISE, payload, len(uploads), DENOISE_PASSES)
     name = class_name(model, label)
     details = [{"class": name, "warnings": warnings(changes)} for changes in inputs.changes]
     seed = body.seed if body.add_noise else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag
 from pydantic.config import JsonDict
 
 from model.config import MAX_SEED, GuidanceSchedule
@@ -13,14 +13,11 @@ from model.config import MAX_SEED, GuidanceSchedule
 OutputFormat = Literal["png", "jpeg", "webp", "npy"]
 
 
-def _no_booleans(value: Any) -> Any:
-    """JSON's true is no number, whatever Python thinks."""
-    if isinstance(value, bool):
-        raise ValueError("a number is expected, not a boolean")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_booleans), Field(allow_inf_nan=False)]
+# Strict, because JSON's true is no number, whatever Python thinks.
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+MOST_ITEMS = 4096
+"""Length at which a list is refused unread; the settings allow fewer. Lists stop at their first error: a
+body of millions of wrong values must not become millions of error records."""
 Seed = Annotated[StrictInt, Field(ge=0, le=MAX_SEED)]
 ClassField = Annotated[
     StrictStr | StrictInt | None,
@@ -63,15 +60,21 @@ class SampleRequest(Guidance):
 
     model: StrictStr | None = Field(None, description="Name of the model; by default the service's first.")
     class_: ClassField = None
-    num_images: StrictInt = Field(1, ge=1, description="How many images; image i uses seed + i.")
+    num_images: StrictInt = Field(
+        1, description="How many images; image i uses seed + i.", json_schema_extra={"minimum": 1}
+    )
     seed: Seed | None = Field(None, description="Seed of the first image; drawn and returned when absent.")
 
 
 class TensorValue(_Strict):
     """A tensor in compact form."""
 
-    shape: list[Annotated[StrictInt, Field(ge=0)]] = Field(description="Lengths of the axes.")
+    shape: list[Annotated[StrictInt, Field(ge=0)]] = Field(max_length=8, description="Lengths of the axes.")
     b64: StrictStr = Field(description="Base64 of the values as little-endian float32 in row-major order.")
+
+
+Row = Annotated[list[Number], Field(fail_fast=True)]
+Rows = Annotated[list[Row], Field(fail_fast=True)]
 
 
 def _latent_form(value: Any) -> str:
@@ -79,9 +82,7 @@ def _latent_form(value: Any) -> str:
 
 
 # The form is told before the value is looked at, so that an error is about the form that was sent.
-Latent = Annotated[
-    Annotated[TensorValue, Tag("compact")] | Annotated[list[list[Number]], Tag("nested")], Discriminator(_latent_form)
-]
+Latent = Annotated[Annotated[TensorValue, Tag("compact")] | Annotated[Rows, Tag("nested")], Discriminator(_latent_form)]
 
 # The latent of all zeros of the bundled model, (T, D) = (49, 16): the most likely noise.
 _ZEROS: JsonDict = {"shape": [49, 16], "b64": base64.b64encode(bytes(4 * 49 * 16)).decode()}
@@ -95,14 +96,22 @@ class DecodeRequest(Guidance):
     model: StrictStr | None = Field(None, description="Name of the model; by default the service's first.")
     class_: ClassField = None
     latents: list[Latent] = Field(
-        min_length=1, description="One latent (T, D) per image: nested lists, or {shape, b64}."
+        min_length=1,
+        max_length=MOST_ITEMS,
+        fail_fast=True,
+        description="One latent (T, D) per image: nested lists, or {shape, b64}.",
     )
 
 
 class ImagesRequest(_Strict):
     """Images to look at, as JSON; the same can be sent as multipart/form-data with ``files``."""
 
-    images: list[StrictStr] = Field(min_length=1, description="Image files in base64 (data: URLs are fine too).")
+    images: list[StrictStr] = Field(
+        min_length=1,
+        max_length=MOST_ITEMS,
+        fail_fast=True,
+        description="Image files in base64 (data: URLs are fine too).",
+    )
     model: StrictStr | None = Field(None, description="Name of the model; by default the service's first.")
     class_: ClassField = None
     seed: Seed = Field(0, description="Seed of the noise; the same for all images, so scores don't depend on order.")
@@ -169,7 +178,7 @@ class Protocol(BaseModel):
 
     noise: Literal["gaussian", "uniform"]
     sigma: float = Field(description="Standard deviation of Gaussian noise on the [-1, 1] pixel scale.")
-    draws: int
+    draws: int = Field(description="Noise draws; 0 when no noise was added.")
     seed: int | None
     meaning: str
 
@@ -180,7 +189,7 @@ class ScoreResult(BaseModel):
     index: int
     filename: str | None = None
     log_likelihood: float | None = Field(description="Nats, summed over the image, on the [-1, 1] pixel scale.")
-    log_likelihood_std: float | None = Field(description="Standard deviation over the draws.")
+    log_likelihood_std: float | None = Field(description="Standard deviation over the draws; null for one draw.")
     bits_per_dim: float | None
     protocol: Protocol
     warnings: list[Notice] = []
@@ -203,7 +212,8 @@ class EncodeResult(BaseModel):
     index: int
     filename: str | None = None
     latent: TensorValue = Field(description="u (T, D), standard normal under the model; /v1/decode inverts it.")
-    log_likelihood: float | None
+    log_likelihood: float | None = Field(description="Nats, of exactly the point that was encoded; see protocol.")
+    protocol: Protocol
     warnings: list[Notice] = []
 
 

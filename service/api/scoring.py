@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from service.api import examples
 from service.api.context import ContextDependency, class_name, resolve_class
 from service.api.rendering import finite_or_none, tensor, warnings
-from service.api.running import new_job, run
+from service.api.running import cost_of, new_job, run
 from service.api.schemas import (
     EncodeRequest,
     EncodeResponse,
@@ -23,13 +23,27 @@ from service.api.schemas import (
 )
 from service.api.uploads import fit_uploads, read_images
 from service.errors import InvalidRequest
-from service.jobs import Op
+from service.jobs import ModelInfo, Op
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
     "5XX": {"model": ErrorResponse, "description": "Why it cannot be done now"},
 }
 NON_FINITE = Notice(code="non_finite", message="the model gave a value that is not finite; it is shown as null")
+
+CLEAN_MEANING = "density of the image itself, without the noise of training; not comparable with /v1/score"
+
+
+def _protocol(model: ModelInfo, draws: int, seed: int) -> Protocol:
+    """What a likelihood from so many noise draws means; 0 for the image itself."""
+    return Protocol(
+        noise=model.noise.kind,
+        sigma=model.noise.std,
+        draws=draws,
+        seed=seed if draws else None,
+        meaning=model.noise.meaning if draws else CLEAN_MEANING,
+    )
+
 
 router = APIRouter(prefix="/v1", tags=["likelihood"], responses=ERRORS)
 
@@ -44,17 +58,12 @@ async def score(request: Request, context: ContextDependency) -> ScoreResponse:
     label = resolve_class(model, body.class_)
     if body.draws > context.settings.max_draws:
         raise InvalidRequest(f"draws: got {body.draws}, allowed are 1 to {context.settings.max_draws}", param="draws")
-    inputs = await fit_uploads(uploads, model, context.settings)
+    await context.broker.check(model.name, cost_of(model, len(uploads), body.draws))
+    inputs = await fit_uploads(uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed}
     job = new_job(model, Op.SCORE, payload, len(uploads), passes=body.draws)
     result, timing = await run(context, job)
-    protocol = Protocol(
-        noise=model.noise.kind,
-        sigma=model.noise.std,
-        draws=body.draws,
-        seed=body.seed,
-        meaning=model.noise.meaning,
-    )
+    protocol = _protocol(model, body.draws, body.seed)
     images = []
     for i, changes in enumerate(inputs.changes):
         nats, spread, bits = (
@@ -66,7 +75,8 @@ async def score(request: Request, context: ContextDependency) -> ScoreResponse:
                 index=i,
                 filename=inputs.filenames[i],
                 log_likelihood=nats,
-                log_likelihood_std=spread,
+                # One draw says nothing of the spread.
+                log_likelihood_std=spread if body.draws > 1 else None,
                 bits_per_dim=bits,
                 protocol=protocol,
                 warnings=notes,
@@ -85,9 +95,11 @@ async def encode(request: Request, context: ContextDependency) -> EncodeResponse
     body, uploads = await read_images(request, EncodeRequest, context.settings)
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
-    inputs = await fit_uploads(uploads, model, context.settings)
+    await context.broker.check(model.name, cost_of(model, len(uploads)))
+    inputs = await fit_uploads(uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
     job = new_job(model, Op.ENCODE, payload, len(uploads))
+    protocol = _protocol(model, int(body.add_noise), body.seed)
     result, timing = await run(context, job)
     images = []
     for i, changes in enumerate(inputs.changes):
@@ -98,6 +110,7 @@ async def encode(request: Request, context: ContextDependency) -> EncodeResponse
                 filename=inputs.filenames[i],
                 latent=tensor(result.arrays["latents"][i]),
                 log_likelihood=nats,
+                protocol=protocol,
                 warnings=warnings(changes) + ([NON_FINITE] if nats is None else []),
             )
         )

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import anyio
 import anyio.to_thread
 import numpy as np
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +19,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from model.images import Change, ImageError, fit_image, load_image
-from service.api.schemas import ImagesRequest
+from service.api.schemas import MOST_ITEMS, ImagesRequest
 from service.errors import InvalidRequest, MalformedRequest
 from service.jobs import ModelInfo
 from service.settings import Settings
@@ -76,7 +77,8 @@ def _validate(kind: type[Form], content: Any) -> Form:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
+        first = error.errors(include_url=False)[0]
+        raise RequestValidationError([{**first, "loc": ("body", *first["loc"])}]) from error
 
 
 def _decode_base64(text: str, param: str) -> bytes:
@@ -95,7 +97,7 @@ async def read_images(request: Request, kind: type[Form], settings: Settings) ->
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
-        async with request.form(max_files=settings.max_images + 1, max_fields=100) as form:
+        async with request.form(max_files=MOST_ITEMS, max_fields=100) as form:
             fields, uploads = await _read_form(form, kind)
     elif content_type == "application/json":
         body = await request.body()
@@ -115,12 +117,14 @@ async def read_images(request: Request, kind: type[Form], settings: Settings) ->
 
 
 def check_count(count: int, param: str, settings: Settings) -> None:
-    """Refuse more images than one request may have."""
-    if count > settings.max_images:
-        raise InvalidRequest(f"{param}: got {count} images, allowed are {settings.max_images}", param=param)
+    """Refuse no images, and more than one request may have."""
+    if not 1 <= count <= settings.max_images:
+        raise InvalidRequest(f"{param}: got {count} images, allowed are 1 to {settings.max_images}", param=param)
 
 
-async def fit_uploads(uploads: list[Upload], model: ModelInfo, settings: Settings) -> Inputs:
+async def fit_uploads(
+    uploads: list[Upload], model: ModelInfo, settings: Settings, limiter: anyio.CapacityLimiter
+) -> Inputs:
     """Decode uploads and bring them to a model's size and colours, in a thread.
 
     Raises ``InvalidRequest`` naming the image that cannot be used.
@@ -142,7 +146,8 @@ async def fit_uploads(uploads: list[Upload], model: ModelInfo, settings: Setting
             [upload.filename for upload in uploads],
         )
 
-    return await anyio.to_thread.run_sync(fit)
+    # Large images take much memory while they are decoded: a few requests at a time, the others wait.
+    return await anyio.to_thread.run_sync(fit, limiter=limiter)
 
 
 def read_latent(value: Any, index: int, model: ModelInfo) -> NDArray[np.float32]:

@@ -38,6 +38,9 @@ class QueueStats:
 class Broker(Protocol):
     """The API's face; every method runs on its event loop."""
 
+    async def check(self, model: str, cost: int) -> None:
+        """Raise what :meth:`submit` would for such a job, before work is spent on preparing it."""
+
     async def submit(self, job: Job) -> None:
         """Accept a job; raises :class:`~service.errors.Overloaded` or ``Unavailable`` at the door."""
 

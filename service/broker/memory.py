@@ -60,21 +60,25 @@ class MemoryBroker(Broker):
 
     # The API's face.
 
-    async def submit(self, job: Job) -> None:
-        """Accept a job; raises ``Overloaded`` when the queue is full, ``Unavailable`` without a worker."""
+    async def check(self, model: str, cost: int) -> None:
+        """Raises ``Overloaded`` when the queue is full, ``Unavailable`` without a worker or when draining."""
         if self._draining:
             raise Unavailable("the service is shutting down", code="draining", retry_after=RETRY_AFTER_SECONDS)
-        if not any(job.model in (m.name for m in w.info.models) for w in self._live_workers()):
+        if not any(model in (m.name for m in w.info.models) for w in self._live_workers()):
             raise Unavailable(
-                f"no worker is ready for model {job.model!r}; one is being started", retry_after=RETRY_AFTER_SECONDS
+                f"no worker is ready for model {model!r}; one is starting or busy", retry_after=RETRY_AFTER_SECONDS
             )
         # A job that alone exceeds the bound is let in when nothing waits: refusing it always would be a lie.
-        if self._waiting and self._waiting_cost + job.cost > self._max_queue_cost:
+        if self._waiting and self._waiting_cost + cost > self._max_queue_cost:
             raise Overloaded(
                 f"the queue is full ({self._waiting_cost} of {self._max_queue_cost} units wait, this request costs "
-                f"{job.cost}); try again later",
+                f"{cost}); try again later",
                 retry_after=RETRY_AFTER_SECONDS,
             )
+
+    async def submit(self, job: Job) -> None:
+        """Accept a job; raises as :meth:`check` does."""
+        await self.check(job.model, job.cost)
         outcome: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
         self._outcomes[job.id] = outcome
         self._entries[job.id] = _Entry(job, time.monotonic(), outcome)
@@ -130,6 +134,16 @@ class MemoryBroker(Broker):
         self._draining = True
 
     @property
+    def idle(self) -> bool:
+        """Whether no job waits or runs."""
+        return not self._entries
+
+    def abandon(self) -> None:
+        """End every job that is left, because the service stops."""
+        for entry in list(self._entries.values()):
+            self._end(entry, Unavailable("the service is shutting down", code="draining"))
+
+    @property
     def draining(self) -> bool:
         """Whether :meth:`drain` was called."""
         return self._draining
@@ -174,7 +188,7 @@ class MemoryBroker(Broker):
             entry = self._entries[job_id]
             if entry.job.op not in ops or entry.job.model not in names:
                 continue
-            if jobs and rows + entry.job.rows > max_rows:
+            if jobs and (rows + entry.job.rows > max_rows or entry.job.attempt > 1):
                 break
             self._waiting.remove(job_id)
             self._waiting_cost -= entry.job.cost
@@ -182,6 +196,9 @@ class MemoryBroker(Broker):
             entry.started = now
             rows += entry.job.rows
             jobs.append(entry.job)
+            if entry.job.attempt > 1:
+                # It may be what its worker died of, and must not take others along again.
+                break
         return jobs
 
     def heartbeat(

@@ -49,7 +49,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     try:
         models = load_models(options.models, resolve_device(options.device))
-    except (BundleError, ValueError, RuntimeError) as error:
+    except (BundleError, OSError, ValueError, RuntimeError) as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
     metrics = WorkerMetrics(options.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingDefaults
-from model.denoise import denoise
+from model.denoise import ROWS_PER_SLICE, denoise
 from model.flow import NO_CLASS
 from model.likelihood import add_noise, centre_draw, to_pixels
 from model.noise import input_noise, latents
@@ -19,6 +20,8 @@ from model.sampling.sequential import decode
 from service.jobs import Job, Op, as_floats
 from service.worker.loading import LoadedModel
 from service.worker.scoring import Arrays
+
+GPU_DENOISE_ROWS = 64
 
 
 def _denoises(job: Job) -> bool:
@@ -44,6 +47,9 @@ class Cohort:
         self._dropped: set[str] = set()
         self._started = False
         self._images: Tensor | None = None
+        # On a CPU a slice should stay short; a GPU wants rows.
+        self._denoise_rows = model.pass_rows(ROWS_PER_SLICE if model.device.type == "cpu" else GPU_DENOISE_ROWS)
+        self._in_flight: deque[torch.cuda.Event] = deque()
         self._slices = self._run()
 
     @property
@@ -86,7 +92,7 @@ class Cohort:
             options = [SamplingDefaults(**job.payload["options"]) for job in self._row_jobs]
             x_BTD = yield from decode(self.model.flow, make_rows(self._latents(), labels, options))
         if _denoises(self.jobs[0]):
-            x_BTD = yield from denoise(self.model.flow, x_BTD, self._labels(), self.model.noise.std)
+            x_BTD = yield from denoise(self.model.flow, x_BTD, self._labels(), self.model.noise.std, self._denoise_rows)
         return x_BTD
 
     def drop(self, job_ids: Collection[str]) -> None:
@@ -114,12 +120,23 @@ class Cohort:
             progress: Progress = self._slices.send(keep)
             self._started = True
             self.fraction = progress.fraction
+            self._wait_for_device()
             return False
         except StopIteration as stop:
             self._images = self.model.flow.unpatchify(stop.value)
             return True
         finally:
             self.seconds += time.perf_counter() - start
+
+    def _wait_for_device(self) -> None:
+        """On a GPU, let at most two slices be queued, so that an urgent batch finds a short queue."""
+        if self.model.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._in_flight.append(event)
+        if len(self._in_flight) > 2:
+            self._in_flight.popleft().synchronize()
 
     def results(self) -> list[tuple[Job, Arrays]]:
         """Per job: pixels (n, C, H, W) uint8, finite (n,) uint8, and images float32 where asked for.

@@ -45,21 +45,27 @@ class Engine:
         self._batch_rows, self._max_cohorts = batch_rows, max_cohorts
         self._cohorts: deque[Cohort] = deque()
         self._urgent_jobs: Sequence[Job] = ()
+        self._retries: deque[Job] = deque()
+        self._retrying: Cohort | None = None
         self._last_heartbeat = 0.0
         self.stopping = False
+        for model in models.values():
+            for block in model.flow.blocks:
+                # A pass of a large model takes longer than a heartbeat may; one block of it does not.
+                block.register_forward_hook(lambda *_: self._heartbeat())
 
     def run(self) -> None:
         """Work until :attr:`stopping` is set; then hand unfinished jobs back."""
         while not self.stopping:
             self._urgent(wait=not self._cohorts)
+            self._retry_one()
             if len(self._cohorts) < self._max_cohorts:
                 jobs = self._broker.claim(LONG, self._batch_rows, timeout=0)
                 self._cohorts.extend(Cohort(self._models[jobs[0].model], jobs) for jobs in cohorts.group(jobs))
             self._slices()
             self._heartbeat()
-        for unfinished in self._cohorts:
-            for job in unfinished.jobs:
-                self._broker.release(job)
+        for job in [*self._retries, *(job for cohort in self._cohorts for job in cohort.jobs)]:
+            self._broker.release(job)
 
     def _heartbeat(self) -> None:
         now = time.monotonic()
@@ -70,11 +76,12 @@ class Engine:
             if model.device.type == "cuda":
                 held = torch.cuda.memory_reserved(model.device)
                 self._metrics.memory.labels(device=str(model.device)).set(held)
-        progress = dict.fromkeys((job.id for job in self._urgent_jobs), 0.0)
+        progress = dict.fromkeys((job.id for job in [*self._urgent_jobs, *self._retries]), 0.0)
         progress |= {job.id: cohort.fraction for cohort in self._cohorts for job in cohort.jobs}
         lost = self._broker.heartbeat(progress, self._metrics.snapshot())
         for cohort in self._cohorts:
             cohort.drop(lost)
+        self._retries = deque(job for job in self._retries if job.id not in lost)
 
     # Urgent work.
 
@@ -85,32 +92,38 @@ class Engine:
         long = [job for job in jobs if job.op in LONG]
         self._cohorts.extend(Cohort(self._models[jobs[0].model], jobs) for jobs in cohorts.group(long))
         batches: dict[tuple[str, Op], list[Job]] = {}
-        for job in jobs:
-            if job.op in URGENT:
-                batches.setdefault((job.model, job.op), []).append(job)
+        # All of them are kept alive while the first is worked on.
+        self._urgent_jobs = [job for job in jobs if job.op in URGENT]
+        for job in self._urgent_jobs:
+            batches.setdefault((job.model, job.op), []).append(job)
         for batch in batches.values():
             self._urgent_batch(batch)
+        self._urgent_jobs = ()
 
     def _urgent_batch(self, jobs: Sequence[Job]) -> None:
         model, op = self._models[jobs[0].model], jobs[0].op
         start = time.perf_counter()
-        self._urgent_jobs = jobs
         try:
-            results = RUN[op](model, jobs, self._batch_rows, self._heartbeat)
+            results = RUN[op](model, jobs, self._batch_rows)
         except BATCH_FAULTS as error:
             self._batch_failed(jobs, error)
             if len(jobs) > 1:
                 for job in jobs:
                     self._urgent_batch([job])
             return
-        finally:
-            self._urgent_jobs = ()
         seconds = time.perf_counter() - start
         self._observe_batch(jobs, seconds)
         for job, arrays in zip(jobs, results, strict=True):
             self._deliver(job, arrays, seconds)
 
     # Sampling.
+
+    def _retry_one(self) -> None:
+        """Start the next job of a failed batch alone; one at a time, since memory may be what they lacked."""
+        if self._retries and self._retrying not in self._cohorts:
+            job = self._retries.popleft()
+            self._retrying = Cohort(self._models[job.model], [job])
+            self._cohorts.append(self._retrying)
 
     def _slices(self) -> None:
         """Advance cohorts in turn for one polling interval."""
@@ -125,7 +138,7 @@ class Engine:
             except BATCH_FAULTS as error:
                 self._batch_failed(cohort.jobs, error)
                 if len(cohort.jobs) > 1:
-                    self._cohorts.extend(Cohort(cohort.model, [job]) for job in cohort.jobs)
+                    self._retries.extend(cohort.jobs)
                 continue
             self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
             if not done:

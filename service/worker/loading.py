@@ -22,6 +22,8 @@ from service.jobs import ModelInfo
 
 log = logging.getLogger(__name__)
 WARM_UP_SLICES = 8
+PASS_FLOPS = {"cpu": 30 * 10**9, "cuda": 10 * 10**12}
+"""Work of one parallel pass: about a second on two slow cores, some tens of milliseconds on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class LoadedModel:
     info: ModelInfo
     flow: Flow
     device: torch.device
+
+    def pass_rows(self, most: int) -> int:
+        """Images in one parallel pass: up to ``most``, fewer for a large model, so that no pass takes long."""
+        budget = PASS_FLOPS[self.device.type]
+        return max(1, min(most, budget // self.flow.config.flops_per_image))
 
     @property
     def noise(self) -> NoiseProtocol:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,13 +34,9 @@ def _noisy_rows(model: LoadedModel, job: Job) -> Iterator[tuple[Tensor, int]]:
             yield add_noise(image, model.noise, noise), label
 
 
-def _batches(
-    model: LoadedModel, jobs: Sequence[Job], batch_rows: int, between: Callable[[], None]
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """All rows of all jobs in order, as patches (B, T, D) and labels (B,) on the device.
-
-    ``between`` is called after each batch: many draws of many images take longer than a heartbeat may.
-    """
+def _batches(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """All rows of all jobs in order, as patches (B, T, D) and labels (B,) on the device."""
+    batch_rows = model.pass_rows(batch_rows)
     images: list[Tensor] = []
     labels: list[int] = []
 
@@ -55,18 +51,15 @@ def _batches(
             labels.append(label)
             if len(images) == batch_rows:
                 yield batch()
-                between()
                 images, labels = [], []
     if images:
         yield batch()
 
 
 @torch.no_grad()
-def score(
-    model: LoadedModel, jobs: Sequence[Job], batch_rows: int, between: Callable[[], None] = lambda: None
-) -> list[Arrays]:
+def score(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Arrays]:
     """Per job: log_likelihood (n,) nats, its spread over draws (n,), bits_per_dim (n,), as float64."""
-    batches = _batches(model, jobs, batch_rows, between)
+    batches = _batches(model, jobs, batch_rows)
     nats = torch.cat([log_likelihood(model.flow, x, y).double().cpu() for x, y in batches])
     results, start = [], 0
     for job in jobs:
@@ -82,11 +75,9 @@ def score(
     return results
 
 
-def encode_images(
-    model: LoadedModel, jobs: Sequence[Job], batch_rows: int, between: Callable[[], None] = lambda: None
-) -> list[Arrays]:
+def encode_images(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Arrays]:
     """Per job: latents (n, T, D) float32 and log_likelihood (n,) float64 in nats."""
-    parts = [encode(model.flow, x, y) for x, y in _batches(model, jobs, batch_rows, between)]
+    parts = [encode(model.flow, x, y) for x, y in _batches(model, jobs, batch_rows)]
     latents = torch.cat([u for u, _ in parts]).float().cpu().numpy()
     nats = torch.cat([value for _, value in parts]).double().cpu().numpy()
     ends = np.cumsum([job.rows for job in jobs])

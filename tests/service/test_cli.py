@@ -204,3 +204,19 @@ def test_score_names_the_file_that_is_wrong(tmp_path: Path) -> None:
     assert_refused(run("score", good, bad), "bad.png", "not a readable image")
     assert_refused(run("score", good, tmp_path / "none.png"), "none.png")
     assert_refused(run("score", good, "--class", "wolf"), "class", "wolf")
+
+
+def test_import_never_replaces_what_is_not_a_bundle(reference: Path, tmp_path: Path) -> None:
+    keep = tmp_path / "photos" / "keep.txt"
+    keep.parent.mkdir()
+    keep.write_text("mine")
+    checkpoint = reference / "tiny_cond.pth"
+    for extra in ((), ("--force",)):
+        done = tarflow("import", checkpoint, keep.parent, "--noise-std", "0.05", *extra)
+        assert done.returncode == 2
+        assert "photos: exists" in done.stderr
+        assert keep.read_text() == "mine"
+    bundle = tmp_path / "bundle"
+    assert tarflow("import", checkpoint, bundle, "--noise-std", "0.05").returncode == 0
+    assert tarflow("import", checkpoint, bundle, "--noise-std", "0.05").returncode == 2
+    assert tarflow("import", checkpoint, bundle, "--noise-std", "0.05", "--force").returncode == 0

@@ -114,3 +114,19 @@ def test_every_error_has_a_status_and_travels(kind: type[ServiceError]) -> None:
 def test_an_unknown_error_is_internal() -> None:
     error = ServiceError.from_wire({"error": "FromTheFuture", "message": "m"})
     assert (type(error), error.code) == (errors.InternalError, "internal_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/decode", {"latents": [[[""] * 200_000]]}),
+        ("/v1/decode", {"latents": [[0] * 200_000]}),
+        ("/v1/score", {"images": [1] * 4000}),
+        ("/v1/score", {"images": ["x"] * 5000}),
+    ],
+)
+def test_many_wrong_values_are_one_short_error(client: httpx.Client, path: str, body: dict[str, object]) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 422
+    assert len(answer.content) < 1000
+    assert answer.json()["error"]["param"].split(".")[0] in body

@@ -34,8 +34,8 @@ def test_the_answer_says_everything(client: httpx.Client) -> None:
 
 def test_unset_parameters_are_those_the_bundle_recommends(client: httpx.Client) -> None:
     recommended = client.get("/v1/models/fashion-mnist").json()["recommended"]
-    used = sample(client, seed=1).json()["parameters"]
-    assert used == {**recommended, "class": None, "num_images": 1, "seed": 1, "output_format": "png"}
+    used = sample(client, seed=1, **{"class": "Bag"}).json()["parameters"]
+    assert used == {**recommended, "class": "Bag", "num_images": 1, "seed": 1, "output_format": "png"}
     changes = {
         "guidance_scale": 0.25,
         "guidance_schedule": "linear",
@@ -44,6 +44,12 @@ def test_unset_parameters_are_those_the_bundle_recommends(client: httpx.Client) 
     }
     used = sample(client, seed=1, **changes, output_format="webp").json()["parameters"]
     assert used == {**recommended, **changes, "class": None, "num_images": 1, "seed": 1, "output_format": "webp"}
+
+
+def test_guidance_that_does_nothing_is_reported_as_none(client: httpx.Client) -> None:
+    """Without a class and without a temperature, both passes are the same."""
+    used = sample(client, seed=1, guidance_scale=2.0, attention_temperature=1.0).json()["parameters"]
+    assert used["guidance_scale"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Score batches: how rows are put together changes nothing, and a worker is heard between them."""
+"""Score batches: how rows are put together changes nothing, and large models get small ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from model.bundle import read_bundle
+from model.config import FlowConfig
+from model.flow import Flow
 from model.weights import load_flow
 from service.jobs import Job, ModelInfo, Op
 from service.worker.loading import LoadedModel
@@ -45,9 +47,9 @@ def test_latents_do_not_depend_on_the_batches(tiny: LoadedModel) -> None:
         np.testing.assert_allclose(together["latents"], expected["latents"], atol=1e-4)
 
 
-def test_a_worker_is_heard_between_batches(tiny: LoadedModel) -> None:
-    beats: list[None] = []
-    score(tiny, [job(Op.SCORE, 5, 4, 0)], 2, lambda: beats.append(None))
-    assert len(beats) == 10
-    encode_images(tiny, [job(Op.ENCODE, 6, 1, 0)], 2, lambda: beats.append(None))
-    assert len(beats) == 13
+def test_passes_of_large_models_have_fewer_rows(tiny: LoadedModel) -> None:
+    assert tiny.pass_rows(64) == 64
+    large = FlowConfig(image_size=64, channels=3, patch_size=2, width=768, num_blocks=8, layers_per_block=8)
+    with torch.device("meta"):
+        flow = Flow(large)
+    assert LoadedModel(tiny.info, flow, torch.device("cpu")).pass_rows(64) == 1
