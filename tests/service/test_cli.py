@@ -109,7 +109,7 @@ def test_import_as_a_process_with_names(reference: Path, tmp_path: Path) -> None
     config = read_bundle(out).config
     assert (config.name, config.noise.kind, config.class_names) == ("other", "uniform", tuple("abcde"))
     names.write_text("a\nb\n")
-    refused = run("import", reference / "tiny_cond.pth", out, "--uniform", "--class-names", names)
+    refused = run("import", reference / "tiny_cond.pth", out, "--uniform", "--class-names", names, "--force")
     assert_refused(refused, "class_names", "5 names")
     assert read_bundle(out).config == config
 

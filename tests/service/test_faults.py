@@ -97,7 +97,7 @@ def test_settings_hold_and_a_worker_leaves_when_the_api_process_was_killed(start
     worker = server.worker()
     # Settings come from flags and the environment, and a flag wins.
     for path, body, allowed in (
-        ("/v1/sample", {"num_images": 4}, "allowed are 3"),
+        ("/v1/sample", {"num_images": 4}, "allowed are 1 to 3"),
         ("/v1/score", {"images": ["aGk="], "draws": 3}, "allowed are 1 to 2"),
     ):
         assert allowed in httpx.post(server.url + path, json=body).json()["error"]["message"]
