@@ -14,7 +14,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 FIRST_DELAY = 0.2
-LONGEST_DELAY = 30.0
+LONGEST_DELAY = 5.0
 STABLE_SECONDS = 60.0
 """A worker that lived this long starts its successor without the delay that failures have built up."""
 STOP_SECONDS = 10.0
