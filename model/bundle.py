@@ -236,6 +236,12 @@ def read_bundle(directory: Path) -> Bundle:
     )
 
 
+def open_bundle(name_or_path: str) -> Bundle:
+    """A bundle directory, or else a model that comes with the package, by name; as :func:`read_bundle`."""
+    inside = BUNDLED / name_or_path
+    return read_bundle(inside if inside.is_dir() and not Path(name_or_path).is_dir() else Path(name_or_path))
+
+
 def find_bundles(directory: Path) -> list[Bundle]:
     """All bundles inside ``directory`` (or the directory itself, when it is one), by name.
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from model.bundle import BUNDLED, Bundle, BundleConfig, BundleError, read_bundle
+from model.bundle import Bundle, BundleConfig, BundleError, open_bundle
 from model.config import NoiseProtocol, SamplingDefaults
+from model.device import resolve_device
 from model.images import ImageError, encode_image, fit_image, grid, load_image
 from model.official import read_checkpoint, to_flow
 from model.weights import load_flow, write_bundle
@@ -18,16 +19,10 @@ from service.api.context import resolve_class
 from service.api.running import new_job
 from service.jobs import ModelInfo, Op
 from service.worker.cohort import Cohort
-from service.worker.loading import LoadedModel, resolve_device
+from service.worker.loading import LoadedModel
 from service.worker.scoring import score as score_jobs
 
 BATCH_ROWS = 64
-
-
-def find_bundle(name_or_path: str) -> Bundle:
-    """A bundle directory, or a model of the package by name; raises a ``BundleError``."""
-    inside = BUNDLED / name_or_path
-    return read_bundle(inside if inside.is_dir() and not Path(name_or_path).is_dir() else Path(name_or_path))
 
 
 def import_checkpoint(
@@ -59,7 +54,7 @@ def import_checkpoint(
 
 
 def _load(name_or_path: str, device: str) -> LoadedModel:
-    target, bundle = resolve_device(device), find_bundle(name_or_path)
+    target, bundle = resolve_device(device), open_bundle(name_or_path)
     return LoadedModel(ModelInfo.of(bundle), load_flow(bundle, target), target)
 
 

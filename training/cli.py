@@ -19,11 +19,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from model.bundle import BUNDLED, Bundle, read_bundle
+from model.bundle import open_bundle
 from training.config import load_preset, preset_names
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 app = typer.Typer(
     help="Train and evaluate TarFlow models.",
@@ -54,24 +54,6 @@ def clear_errors() -> Iterator[None]:
 def _fail(message: str, status: int) -> None:
     Console(stderr=True).print(f"Error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(status)
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of ``--device``; ``auto`` is a GPU where there is one. ``ValueError`` if it is not usable."""
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_gpu else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {name!r}, allowed is auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {name!r}, allowed is auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: got {name!r}, but {torch.cuda.device_count()} CUDA devices are usable here")
-    return device
 
 
 def _list_presets(requested: bool) -> None:
@@ -129,11 +111,12 @@ def train(
     console = Console()
     with clear_errors():
         config = load_preset(preset).with_overrides(**overrides)
+        from model.device import resolve_device
         from training.classes import resolve_classes
         from training.data import load_images
         from training.run import Origin, Run
 
-        torch_device = choose_device(device)
+        torch_device = resolve_device(device)
         images = load_images(data, "train", config.flow.image_size, config.flow.channels)
         config, images = resolve_classes(config, images)
         origin = Origin(
@@ -185,6 +168,7 @@ def evaluate(
     """Print bits/dim on a test split with its protocol, the train-test gap and, for several bundles,
     the paired difference of each to the first."""
     with clear_errors():
+        from model.device import resolve_device
         from model.weights import update_bundle
         from training.card import with_evaluation
         from training.evaluate import EvaluationOptions, evaluate_bundle
@@ -199,11 +183,11 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
         )
-        torch_device = choose_device(device)
+        torch_device = resolve_device(device)
         evaluations = []
         # The bar goes to stderr, so that stdout holds the results alone.
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-            for bundle in [_find_bundle(text) for text in bundles]:
+            for bundle in [open_bundle(text) for text in bundles]:
                 show = partial(_show_progress, progress, progress.add_task(bundle.name, total=None))
                 evaluations.append(evaluate_bundle(bundle, data, options, torch_device, show))
         if write_card:
@@ -217,12 +201,6 @@ def evaluate(
             typer.echo("\n  ".join([f"{evaluation.bundle.name} ({evaluation.bundle.model_id})", *lines(evaluation)]))
         for line in differences(evaluations):
             typer.echo(line)
-
-
-def _find_bundle(text: str) -> Bundle:
-    """The bundle in a directory, or the model of that name that comes with the package."""
-    inside = BUNDLED / text
-    return read_bundle(inside if inside.is_dir() and not Path(text).is_dir() else Path(text))
 
 
 def _show_progress(progress: Progress, task: TaskID, done: int, total: int) -> None:

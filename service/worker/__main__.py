@@ -12,10 +12,11 @@ from types import FrameType
 import torch
 
 from model.bundle import BundleError
+from model.device import resolve_device, visible_devices
 from service.broker.socket import BrokerGone, SocketWorkerBroker
 from service.jobs import EXIT_UNUSABLE, WorkerInfo
 from service.worker.engine import Engine
-from service.worker.loading import load_models, resolve_device, visible_devices
+from service.worker.loading import load_models
 from service.worker.metrics import WorkerMetrics
 
 

@@ -45,24 +45,6 @@ class LoadedModel:
         return self.info.noise
 
 
-def visible_devices() -> list[str]:
-    """Every GPU of this machine, or the CPU when there is none."""
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` to cuda where there is a GPU, else cpu; raises ``ValueError`` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {name!r}, allowed is cpu, cuda, cuda:N or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: got {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
 def load_models(directory: Path, device: torch.device) -> dict[str, LoadedModel]:
     """Load and warm up every bundle in a directory, by name; raises a ``BundleError``."""
     models = {}

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from model.bundle import BUNDLED, read_bundle
 from model.weights import load_flow
 from training.card import evaluation_section
 from training.checkpoint import FILE_NAME, load_checkpoint
-from training.cli import app, choose_device
+from training.cli import app
 from training.log import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -179,15 +178,10 @@ def test_a_diverged_run_ends_with_status_1(preset_file: Path, idx_data: Path, tm
     assert stderr.startswith("Error: 50 steps in a row")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_devices() -> None:
-    assert choose_device("auto") == torch.device("cpu")
-
-
 def test_a_bundled_model_is_found_by_name(monkeypatch: pytest.MonkeyPatch, idx_data: Path, tmp_path: Path) -> None:
     assert BUNDLED.name == "bundled"
     inside = tmp_path / "bundled" / "some-model"
     inside.mkdir(parents=True)
-    monkeypatch.setattr("training.cli.BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr("model.bundle.BUNDLED", tmp_path / "bundled")
     _, stderr = invoke("evaluate", "some-model", "--data", idx_data, status=2)
     assert "is this a bundle?" in stderr
