@@ -106,7 +106,12 @@ class Pool:
         delay = FIRST_DELAY
         while True:
             started = loop.time()
-            process = await asyncio.create_subprocess_exec(*self._command(worker_id, device))
+            try:
+                process = await asyncio.create_subprocess_exec(*self._command(worker_id, device))
+            except OSError as error:  # the host is short of memory or processes, for now
+                log.error("%s could not be started: %s", worker_id, error)
+                await asyncio.sleep(LONGEST_DELAY)
+                continue
             self._processes[worker_id] = process
             status = await process.wait()
             if status == EXIT_UNUSABLE and self.restarts == 0:

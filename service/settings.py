@@ -32,8 +32,10 @@ class Settings(BaseSettings):
 
     max_images: int = Field(64, ge=1, description="Most images in one request.")
     max_draws: int = Field(64, ge=1, description="Most noise draws for one scored image.")
-    max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1, description="Most pixels of an uploaded image.")
-    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Largest request body in bytes.")
+    max_pixels: int = Field(
+        DEFAULT_MAX_PIXELS, ge=1, description="Most pixels of an uploaded image; a request may have four times as many."
+    )
+    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body in bytes.")
     max_queue_cost: int = Field(
         2_000_000, ge=1, description="Most waiting work, in images x patches x passes, before 429 is answered."
     )

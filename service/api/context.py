@@ -37,7 +37,7 @@ class Context:
             name = self.settings.default_model or next(iter(models))
         if name not in models:
             raise NotFound(
-                f"model: got {name!r}, served are {', '.join(map(repr, models))}",
+                f"model: got {name[:100]!r}, served are {', '.join(map(repr, models))}",
                 code="model_not_found",
                 param="model",
             )
@@ -55,7 +55,7 @@ def resolve_class(model: ModelInfo, value: str | int | None) -> int | None:
     names = model.class_names
     if not names:
         raise InvalidRequest(
-            f"class: got {value!r}, but model {model.name!r} is unconditional; leave it out",
+            f"class: got {str(value)[:100]!r}, but model {model.name!r} is unconditional; leave it out",
             param="class",
             code="class_not_found",
         )
@@ -75,7 +75,9 @@ def resolve_class(model: ModelInfo, value: str | int | None) -> int | None:
     index = int(value) if isinstance(value, int) or len(value) < 10 else len(names)
     if not 0 <= index < len(names):
         raise InvalidRequest(
-            f"class: got index {value}, allowed is 0 to {len(names) - 1}", param="class", code="class_not_found"
+            f"class: got index {str(value)[:100]}, allowed is 0 to {len(names) - 1}",
+            param="class",
+            code="class_not_found",
         )
     return index
 

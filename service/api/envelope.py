@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service import errors
 from service.errors import ServiceError
@@ -103,7 +104,7 @@ def from_http(error: HTTPException, request: Request) -> ServiceError:
     """An error that the framework raised, as ours."""
     kind = _BY_STATUS.get(error.status_code, errors.InternalError)
     if kind is errors.NotFound:
-        return kind(f"there is nothing at {request.url.path}; /docs lists what there is")
+        return kind(f"there is nothing at {request.url.path[:200]}; /docs lists what there is")
     if kind is errors.MethodNotAllowed:
         allowed = (error.headers or {}).get("Allow", "another method")
         return kind(f"{request.url.path} does not know {request.method}; it knows {allowed}")
@@ -139,6 +140,11 @@ def install(app: FastAPI) -> None:
         response.headers["x-request-id"] = request.state.request_id
         return response
 
+    async def on_disconnect(request: Request, error: Exception) -> JSONResponse:
+        request.state.error = errors.Canceled("the client went away")
+        return render(request.state.error)
+
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -18,12 +18,14 @@ async def _ready_workers(context: Context) -> list[WorkerStatus]:
     return [w for w in workers if w.heartbeat_age <= context.settings.ready_seconds]
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Is the process alive?")
 async def healthz() -> dict[str, str]:
     """200 as long as the process answers; says nothing about workers."""
     return {"status": "alive"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Can requests be served?", responses={503: {"description": "Not ready"}})
 async def readyz(context: ContextDependency) -> JSONResponse:
     """200 when a worker has loaded and warmed up its models and its inference loop is running."""
@@ -40,12 +42,13 @@ async def readyz(context: ContextDependency) -> JSONResponse:
     ]
     if ready and not draining:
         return JSONResponse({"status": "ready", "workers": workers})
-    reason = "shutting down" if draining else "no worker is ready; one is being started"
+    reason = "shutting down" if draining else "no worker is ready; one is starting, busy or being replaced"
     return JSONResponse(
         {"status": "not_ready", "reason": reason, "workers": workers}, status_code=503, headers={"Retry-After": "2"}
     )
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
 async def metrics(context: ContextDependency) -> Response:
     """The figures of this process, and those of the workers, in Prometheus' text format."""

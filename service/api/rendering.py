@@ -17,7 +17,9 @@ from service.api.schemas import ImageResult, Notice, OutputFormat, TensorValue
 from service.errors import NotAcceptable
 from service.jobs import JobResult
 
-NON_FINITE = Notice(code="non_finite", message="the model gave values that are not finite; they are shown as grey")
+NON_FINITE = Notice(
+    code="non_finite", message="the model gave values that are not finite; pictures show them as grey, npy holds them"
+)
 
 
 def accepted_image(accept: str | None, wanted: OutputFormat | None) -> Format | None:
@@ -36,6 +38,7 @@ def accepted_image(accept: str | None, wanted: OutputFormat | None) -> Format | 
                     quality = float(value)
                 except ValueError:
                     quality = 0.0
+                quality = min(quality, 1.0) if quality > 0 else 0.0  # NaN is not greater than 0
         qualities[media.strip().lower()] = quality
 
     def quality_of(kind: str) -> float:

@@ -15,6 +15,7 @@ OutputFormat = Literal["png", "jpeg", "webp", "npy"]
 
 # Strict, because JSON's true is no number, whatever Python thinks.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+LONGEST_AXIS = 65_536
 MOST_ITEMS = 4096
 """Length at which a list is refused unread; the settings allow fewer. Lists stop at their first error: a
 body of millions of wrong values must not become millions of error records."""
@@ -73,8 +74,8 @@ class TensorValue(_Strict):
     b64: StrictStr = Field(description="Base64 of the values as little-endian float32 in row-major order.")
 
 
-Row = Annotated[list[Number], Field(fail_fast=True)]
-Rows = Annotated[list[Row], Field(fail_fast=True)]
+Row = Annotated[list[Number], Field(fail_fast=True, max_length=LONGEST_AXIS)]
+Rows = Annotated[list[Row], Field(fail_fast=True, max_length=LONGEST_AXIS)]
 
 
 def _latent_form(value: Any) -> str:

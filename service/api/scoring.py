@@ -59,7 +59,7 @@ async def score(request: Request, context: ContextDependency) -> ScoreResponse:
     if body.draws > context.settings.max_draws:
         raise InvalidRequest(f"draws: got {body.draws}, allowed are 1 to {context.settings.max_draws}", param="draws")
     await context.broker.check(model.name, cost_of(model, len(uploads), body.draws))
-    inputs = await fit_uploads(uploads, model, context.settings, context.decoding)
+    inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed}
     job = new_job(model, Op.SCORE, payload, len(uploads), passes=body.draws)
     result, timing = await run(context, job)
@@ -96,7 +96,7 @@ async def encode(request: Request, context: ContextDependency) -> EncodeResponse
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
     await context.broker.check(model.name, cost_of(model, len(uploads)))
-    inputs = await fit_uploads(uploads, model, context.settings, context.decoding)
+    inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
     job = new_job(model, Op.ENCODE, payload, len(uploads))
     protocol = _protocol(model, int(body.add_noise), body.seed)

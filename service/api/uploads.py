@@ -18,11 +18,14 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
-from model.images import Change, ImageError, fit_image, load_image
+from model.images import Change, Fitted, ImageError, fit_image, load_image
 from service.api.schemas import MOST_ITEMS, ImagesRequest
-from service.errors import InvalidRequest, MalformedRequest
+from service.errors import Canceled, InvalidRequest, MalformedRequest
 from service.jobs import ModelInfo
 from service.settings import Settings
+
+PIXELS_OF_A_REQUEST = 4
+"""Pixels that all images of a request may have together, as a multiple of what one may."""
 
 Form = TypeVar("Form", bound=ImagesRequest)
 
@@ -55,7 +58,8 @@ def _form_value(name: str, text: str) -> Any:
 
 
 async def _read_form(form: FormData, kind: type[Form]) -> tuple[Form, list[Upload]]:
-    uploads, fields = [], {}
+    uploads: list[Upload] = []
+    fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name not in ("files", "file", "files[]"):
@@ -64,6 +68,8 @@ async def _read_form(form: FormData, kind: type[Form]) -> tuple[Form, list[Uploa
         elif name in ("files", "file", "files[]"):
             raise InvalidRequest("files: got text, expected files (curl: -F files=@image.png)", param="files")
         else:
+            if name in fields:
+                raise InvalidRequest(f"{name}: got it more than once, allowed is once", param=name)
             fields[name] = _form_value(name, value)
     if not uploads:
         raise InvalidRequest(
@@ -123,31 +129,38 @@ def check_count(count: int, param: str, settings: Settings) -> None:
 
 
 async def fit_uploads(
-    uploads: list[Upload], model: ModelInfo, settings: Settings, limiter: anyio.CapacityLimiter
+    request: Request, uploads: list[Upload], model: ModelInfo, settings: Settings, limiter: anyio.CapacityLimiter
 ) -> Inputs:
-    """Decode uploads and bring them to a model's size and colours, in a thread.
+    """Decode uploads and bring them to a model's size and colours, image by image in a thread.
 
-    Raises ``InvalidRequest`` naming the image that cannot be used.
+    Large images take much time and memory: few are decoded at the same time, and none for a client that has gone.
+    Raises ``InvalidRequest`` naming the image that cannot be used, ``Canceled`` for such a client.
     """
+    allowed = PIXELS_OF_A_REQUEST * settings.max_pixels
+    total = 0
 
-    def fit() -> Inputs:
-        fitted = []
-        for i, upload in enumerate(uploads):
-            param = f"files.{i}" if upload.filename is not None else f"images.{i}"
-            shown = f"{param} ({upload.filename})" if upload.filename else param
-            try:
-                decoded = load_image(upload.data, settings.max_pixels)
-                fitted.append(fit_image(decoded, model.flow.image_size, model.flow.channels))
-            except ImageError as error:
-                raise InvalidRequest(f"{shown}: {error}", param=param, code=error.code) from error
-        return Inputs(
-            np.stack([image.pixels for image in fitted]),
-            [image.changes for image in fitted],
-            [upload.filename for upload in uploads],
-        )
+    def fit(upload: Upload, param: str) -> tuple[Fitted, int]:
+        shown = f"{param} ({upload.filename})" if upload.filename else param
+        try:
+            decoded = load_image(upload.data, min(settings.max_pixels, allowed - total))
+            width, height = decoded.image.size
+            return fit_image(decoded, model.flow.image_size, model.flow.channels), width * height
+        except ImageError as error:
+            raise InvalidRequest(f"{shown}: {error}", param=param, code=error.code) from error
 
-    # Large images take much memory while they are decoded: a few requests at a time, the others wait.
-    return await anyio.to_thread.run_sync(fit, limiter=limiter)
+    fitted = []
+    for i, upload in enumerate(uploads):
+        param = f"files.{i}" if upload.filename is not None else f"images.{i}"
+        image, count = await anyio.to_thread.run_sync(fit, upload, param, limiter=limiter)
+        fitted.append(image)
+        total += count
+        if await request.is_disconnected():
+            raise Canceled("the client went away")
+    return Inputs(
+        np.stack([image.pixels for image in fitted]),
+        [image.changes for image in fitted],
+        [upload.filename for upload in uploads],
+    )
 
 
 def read_latent(value: Any, index: int, model: ModelInfo) -> NDArray[np.float32]:
@@ -166,7 +179,7 @@ def read_latent(value: Any, index: int, model: ModelInfo) -> NDArray[np.float32]
         data = _decode_base64(value.b64, f"{param}.b64")
         if tuple(value.shape) != expected or len(data) != 4 * math.prod(expected):
             raise InvalidRequest(
-                f"{param}: got shape {value.shape} and {len(data)} bytes, "
+                f"{param}: got shape {str(value.shape)[:100]} and {len(data)} bytes, "
                 f"allowed is shape {list(expected)} and {4 * math.prod(expected)} bytes of float32",
                 param=param,
                 code="invalid_shape",

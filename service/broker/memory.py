@@ -66,7 +66,8 @@ class MemoryBroker(Broker):
             raise Unavailable("the service is shutting down", code="draining", retry_after=RETRY_AFTER_SECONDS)
         if not any(model in (m.name for m in w.info.models) for w in self._live_workers()):
             raise Unavailable(
-                f"no worker is ready for model {model!r}; one is starting or busy", retry_after=RETRY_AFTER_SECONDS
+                f"no worker is ready for model {model!r}; one is starting, busy or being replaced",
+                retry_after=RETRY_AFTER_SECONDS,
             )
         # A job that alone exceeds the bound is let in when nothing waits: refusing it always would be a lie.
         if self._waiting and self._waiting_cost + cost > self._max_queue_cost:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.005
 """How long slices run before the broker is asked for urgent work again."""
+FAIR_SECONDS = 0.2
+"""Longest time for slices between two looks for urgent work."""
 HEARTBEAT_SECONDS = 0.25
 IDLE_SECONDS = 0.5
 
@@ -57,12 +59,12 @@ class Engine:
     def run(self) -> None:
         """Work until :attr:`stopping` is set; then hand unfinished jobs back."""
         while not self.stopping:
-            self._urgent(wait=not self._cohorts)
+            urgent_seconds = self._urgent(wait=not self._cohorts)
             self._retry_one()
             if len(self._cohorts) < self._max_cohorts:
                 jobs = self._broker.claim(LONG, self._batch_rows, timeout=0)
                 self._cohorts.extend(Cohort(self._models[jobs[0].model], jobs) for jobs in cohorts.group(jobs))
-            self._slices()
+            self._slices(urgent_seconds)
             self._heartbeat()
         for job in [*self._retries, *(job for cohort in self._cohorts for job in cohort.jobs)]:
             self._broker.release(job)
@@ -85,20 +87,22 @@ class Engine:
 
     # Urgent work.
 
-    def _urgent(self, *, wait: bool) -> None:
-        """Do the urgent jobs that wait. An idle worker waits here for any job at all."""
+    def _urgent(self, *, wait: bool) -> float:
+        """Do the urgent jobs that wait; returns the seconds it took. An idle worker waits here for any job."""
         ops = URGENT | LONG if wait else URGENT
         jobs = self._broker.claim(ops, self._batch_rows, timeout=IDLE_SECONDS if wait else 0)
         long = [job for job in jobs if job.op in LONG]
         self._cohorts.extend(Cohort(self._models[jobs[0].model], jobs) for jobs in cohorts.group(long))
         batches: dict[tuple[str, Op], list[Job]] = {}
         # All of them are kept alive while the first is worked on.
+        start = time.perf_counter()
         self._urgent_jobs = [job for job in jobs if job.op in URGENT]
         for job in self._urgent_jobs:
             batches.setdefault((job.model, job.op), []).append(job)
         for batch in batches.values():
             self._urgent_batch(batch)
         self._urgent_jobs = ()
+        return time.perf_counter() - start
 
     def _urgent_batch(self, jobs: Sequence[Job]) -> None:
         model, op = self._models[jobs[0].model], jobs[0].op
@@ -125,25 +129,31 @@ class Engine:
             self._retrying = Cohort(self._models[job.model], [job])
             self._cohorts.append(self._retrying)
 
-    def _slices(self) -> None:
-        """Advance cohorts in turn for one polling interval."""
-        until = time.perf_counter() + POLL_SECONDS
+    def _slices(self, urgent_seconds: float) -> None:
+        """Advance cohorts in turn for one polling interval.
+
+        After long urgent work it is as long as that, within bounds: scores without end must not starve samples.
+        """
+        until = time.perf_counter() + max(POLL_SECONDS, min(urgent_seconds, FAIR_SECONDS))
         while self._cohorts and time.perf_counter() < until:
-            cohort = self._cohorts.popleft()
+            # It stays where it is while it works, so that heartbeats in the meantime speak of it.
+            cohort = self._cohorts[0]
             start = time.perf_counter()
             op, name = str(cohort.jobs[0].op), cohort.model.info.name
             try:
                 done = cohort.advance()
                 results = cohort.results() if done else []
             except BATCH_FAULTS as error:
+                self._cohorts.popleft()
                 self._batch_failed(cohort.jobs, error)
                 if len(cohort.jobs) > 1:
                     self._retries.extend(cohort.jobs)
                 continue
             self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
             if not done:
-                self._cohorts.append(cohort)
+                self._cohorts.rotate(-1)
                 continue
+            self._cohorts.popleft()
             if results:
                 self._observe_batch([job for job, _ in results], cohort.seconds)
             for job, arrays in results:

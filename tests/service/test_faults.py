@@ -137,7 +137,7 @@ def test_damaged_weights_end_the_service(damaged: Path) -> None:
 def test_a_device_that_is_not_there_ends_the_service() -> None:
     done = tarflow("serve", "--port", "0", "--device", "cuda:99")
     assert done.returncode == 2
-    assert "this machine has" in done.stderr
+    assert "CUDA devices are usable here" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("Error: a worker cannot start")
 
 

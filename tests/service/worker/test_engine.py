@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,35 @@ async def test_stopping_hands_unfinished_work_back(bench: Bench) -> None:
     await asyncio.to_thread(bench.thread.join)
     stats = await bench.broker.stats()
     assert (sum(stats.waiting.values()), sum(stats.running.values())) == (1, 0)
+
+
+async def test_scores_without_end_do_not_starve_a_sample(bench: Bench) -> None:
+    """A sample finishes while new scores never stop coming."""
+    await bench.broker.submit(decode("sample"))
+    finished = asyncio.create_task(bench.broker.wait("sample", PATIENCE))
+    bench.thread.start()
+    number = 0
+    while not finished.done():
+        job = score(f"score-{number}", rows=4, draws=32)
+        await bench.broker.submit(job)
+        if number:
+            await bench.broker.wait(f"score-{number - 1}", PATIENCE)
+        number += 1
+    assert finished.result().arrays
+    assert number > 1
+
+
+async def test_heartbeats_speak_of_the_cohort_that_works(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.worker.engine.HEARTBEAT_SECONDS", 0.0)
+    beats: list[set[str]] = []
+    heartbeat = bench.engine._broker.heartbeat
+    monkeypatch.setattr(bench.engine._broker, "heartbeat", lambda p, m: beats.append(set(p)) or heartbeat(p, m))
+    job = decode("slow")
+    denoised = {**job.payload, "options": {"denoise": True}}
+    await bench.broker.submit(replace(job, payload=denoised))
+    bench.thread.start()
+    assert (await bench.broker.wait("slow", PATIENCE)).arrays
+    # From the first beat that knows the job to the last, every one does: the blocks' own beats too.
+    known = [i for i, beat in enumerate(beats) if "slow" in beat]
+    assert len(known) > 4
+    assert known == list(range(known[0], known[-1] + 1))
