@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,11 +11,22 @@ import torch
 from model.bundle import BUNDLED, BundleError, read_bundle
 from model.config import FlowConfig
 from model.flow import Flow
+from model.sampling.plan import ConvergenceProfile
 from model.weights import load_flow
 
 DEFAULT_BUNDLE = BUNDLED / "fashion-mnist"
 DEFAULT_RANDOM = "4-128-4-4"
 IMAGE_SIZE, NUM_CLASSES = 28, 10
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured."""
+
+    name: str
+    flow: Flow
+    convergence: ConvergenceProfile | None = None
+    """How its blocks converge, where it was tuned."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=DEFAULT_RANDOM,
         metavar="P-WIDTH-BLOCKS-LAYERS",
-        help=f"random weights on {IMAGE_SIZE}x{IMAGE_SIZE} images instead (default size {DEFAULT_RANDOM})",
+        help=f"random weights instead (default size {DEFAULT_RANDOM})",
     )
+    parser.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="of --random: side in pixels (default 28)")
+    parser.add_argument("--channels", type=int, default=1, help="of --random: 1 or 3 (default 1)")
+    parser.add_argument("--num-classes", type=int, default=NUM_CLASSES, help="of --random (default 10)")
     parser.add_argument("--device", default="cpu", help="torch device")
 
 
@@ -40,25 +55,25 @@ def random_flow(config: FlowConfig, seed: int = 0) -> Flow:
     return flow.eval().requires_grad_(False)
 
 
-def pick_flow(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[str, Flow]:
-    """The flow that the arguments name, and what to call it; ends the program when there is none."""
+def pick_subject(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Subject:
+    """The model that the arguments name; ends the program when there is none."""
     if arguments.random:
         try:
             patch_size, width, num_blocks, layers = map(int, arguments.random.split("-"))
             config = FlowConfig(
-                image_size=IMAGE_SIZE,
-                channels=1,
+                image_size=arguments.image_size,
+                channels=arguments.channels,
                 patch_size=patch_size,
                 width=width,
                 num_blocks=num_blocks,
                 layers_per_block=layers,
-                num_classes=NUM_CLASSES,
+                num_classes=arguments.num_classes,
             )
         except ValueError as error:
             parser.error(f"--random: {error}")
-        return f"random {arguments.random}", random_flow(config).to(arguments.device)
+        return Subject(f"random {arguments.random}", random_flow(config).to(arguments.device))
     try:
         bundle = read_bundle(arguments.bundle)
-        return bundle.name, load_flow(bundle, arguments.device)
+        return Subject(bundle.name, load_flow(bundle, arguments.device), bundle.convergence)
     except BundleError as error:
         parser.error(f"{error} (for random weights give --random)")

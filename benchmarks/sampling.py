@@ -1,31 +1,35 @@
-"""Images per second of our sequential decode and of the published loop, side by side in one process.
+"""Our samplers beside the published ones: speed at the same images, in one process.
 
-Run it with ``python -m benchmarks.sampling [--random] [--device cuda] [--json]``. The two take turns,
-so that what else the machine does hits both; the ratio is the median over the pairs of runs.
+Run it with ``python -m benchmarks.sampling [--bundle DIR | --random SIZE] [--device cuda] [--json]``. All methods
+draw the same seeds, guided, and take turns, so that what else the machine does hits all; a ratio is the median over
+the rounds. Approximate methods are set, on other seeds, as loose as one grey level allows; on a CPU
+every method has the number of threads that suits it best. Our plan's time includes its certificate.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.models import add_arguments, pick_flow
-from benchmarks.published import sample
+from benchmarks.methods import GS_JACOBI, PLAN, PUBLISHED, SELECTIVE, SEQUENTIAL, Method, make_batch, make_methods
+from benchmarks.models import Subject, add_arguments, pick_subject
+from benchmarks.published.guidance import Guidance
 from benchmarks.report import environment, print_json, print_report
-from model.config import SamplingDefaults
-from model.flow import NO_CLASS, Flow
-from model.noise import latents
-from model.sampling.rows import finish, make_rows
-from model.sampling.sequential import decode
+from benchmarks.roofline import sequential_seconds
+from model.config import SolverOptions
+from model.sampling.certificate import backward_error
+from model.sampling.rows import Rows, finish
+from model.sampling.sampler import Sampler
 
-GUIDANCE_SCALE = 2.0
+NAMES = [PUBLISHED, SEQUENTIAL, SELECTIVE, GS_JACOBI, PLAN]
 UNCONDITIONAL_TEMPERATURE = 0.5
+GREY_LEVELS = 127.5
+"""Grey levels in one unit of the [-1, 1] scale."""
 
 
 def parse_batches(text: str) -> list[int]:
@@ -36,46 +40,51 @@ def parse_batches(text: str) -> list[int]:
     return batches
 
 
-def seconds(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    """Wall-clock time of ``work``, the device's queue included, and its result."""
+@torch.no_grad()
+def certificate(subject: Subject, rows: Rows, x_BTD: Tensor) -> float:
+    """Largest backward error of a batch."""
+    return float(finish(backward_error(subject.flow, rows, x_BTD, 8)).max())
+
+
+def compare(subject: Subject, rows: Rows, methods: list[Method], repeats: int, device: torch.device) -> dict[str, Any]:
+    """Time the methods in turns; one result each, with its distance from sequential float32 decoding."""
+    exact = finish(Sampler(subject.flow).decode(rows, SolverOptions(solver="sequential"))).x_BTD
+    images: dict[str, Tensor] = {}
+    times: dict[str, list[float]] = {method.name: [] for method in methods}
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
-
-
-def compare(flow: Flow, batch: int, guided: bool, repeats: int, device: torch.device) -> dict[str, Any]:
-    """One row of the report."""
-    config = flow.config
-    latent_BTD = latents(range(batch), config.num_patches, config.patch_dim).to(device)
-    labels: list[int | None] = [i % config.num_classes if config.num_classes else None for i in range(batch)]
-    y_B = torch.tensor([NO_CLASS if y is None else y for y in labels], device=device)
-    options = SamplingDefaults(
-        guidance_scale=GUIDANCE_SCALE if guided else 0.0,
-        guidance_schedule="linear",
-        attention_temperature=1.0 if config.num_classes else UNCONDITIONAL_TEMPERATURE,
-    )
-    rows = make_rows(latent_BTD, labels, [options] * batch)
-
-    def ours() -> Tensor:
-        return finish(decode(flow, rows))
-
-    def published() -> Tensor:
-        return sample(flow, latent_BTD, y_B, options.guidance_scale, True, options.attention_temperature)
-
-    difference = (ours() - published()).abs().max().item()
-    pairs = [(seconds(ours, device)[0], seconds(published, device)[0]) for _ in range(repeats)]
-    return {
-        "batch": batch,
-        "guided": guided,
-        "images_per_second": batch / statistics.median(a for a, _ in pairs),
-        "published_images_per_second": batch / statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(b / a for a, b in pairs),
-        "max_difference": difference,
-    }
+        torch.cuda.reset_peak_memory_stats(device)
+    peaks = {}
+    for _ in range(repeats):
+        for method in methods:
+            taken, images[method.name] = method.timed(device)
+            times[method.name].append(taken)
+            if device.type == "cuda":
+                peaks[method.name] = torch.cuda.max_memory_allocated(device)
+                torch.cuda.reset_peak_memory_stats(device)
+    results = []
+    for method in methods:
+        taken_all = times[method.name]
+        base = times.get(PUBLISHED, taken_all)
+        results.append(
+            {
+                "method": method.name,
+                "setting": method.note,
+                "threads": method.threads,
+                "seconds_per_image": statistics.median(taken_all) / len(rows),
+                "images_per_second": len(rows) / statistics.median(taken_all),
+                "ratio_to_published": statistics.median(b / a for a, b in zip(taken_all, base, strict=True)),
+                "max_difference_levels": GREY_LEVELS * float((images[method.name] - exact).abs().max()),
+                "backward_error": certificate(subject, rows, images[method.name]),
+                "peak_memory_bytes": peaks.get(method.name),
+            }
+        )
+    ratio = None
+    if PLAN in times and len(times) > 1:
+        others = [name for name in times if name != PLAN]
+        # The plan's time in a round over that of the method that is fastest by its median.
+        fastest = min(others, key=lambda name: statistics.median(times[name]))
+        ratio = statistics.median(a / b for a, b in zip(times[PLAN], times[fastest], strict=True))
+    return {"batch": len(rows), "methods": results, "plan_over_fastest_other": ratio}
 
 
 def main() -> None:
@@ -83,41 +92,85 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--batch", type=parse_batches, default=[1, 16, 64], help="batch sizes (default 1,16,64)")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs for each row (default 3)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (default 5)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale, linear schedule (default 2)")
+    parser.add_argument("--methods", default=",".join(NAMES), help=f"of {', '.join(NAMES)} (default all)")
+    parser.add_argument("--bf16", action="store_true", help="also our draft with bfloat16 weights")
+    parser.add_argument("--bandwidth", type=float, help="memory bandwidth in TB/s, to print the share of the roofline")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error("--repeats: at least 1")
-    name, flow = pick_flow(arguments, parser)
+    names = [name.strip() for name in arguments.methods.split(",")]
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"--methods: got {', '.join(sorted(unknown))}, allowed is some of {', '.join(NAMES)}")
     device = torch.device(arguments.device)
-    results = [
-        compare(flow, batch, guided, arguments.repeats, device) for batch in arguments.batch for guided in (False, True)
-    ]
+    subject = pick_subject(arguments, parser)
+    temperature = 1.0 if subject.flow.config.num_classes else UNCONDITIONAL_TEMPERATURE
+    guidance = Guidance(arguments.guidance, True, temperature)
+    results = []
+    for size in arguments.batch:
+        print(f"batch {size}: calibrating", file=sys.stderr)
+        batch = make_batch(subject, size, guidance, device)
+        methods = make_methods(subject, batch, names, device, arguments.bf16)
+        print(f"batch {size}: measuring", file=sys.stderr)
+        result = compare(subject, batch.rows, methods, arguments.repeats, device)
+        if arguments.bandwidth:
+            passes = size * (1 + (guidance.scale != 0))
+            for row in result["methods"]:
+                bytes_per_value = 2 if "bf16" in row["method"] else 4
+                bound = sequential_seconds(subject.flow.config, passes, bytes_per_value, arguments.bandwidth)
+                row["share_of_roofline"] = bound * row["images_per_second"] / size
+        results.append(result)
     document = {
         "benchmark": "sampling",
         "environment": environment(device),
-        "model": name,
-        "architecture": flow.config.to_dict(),
-        "guidance_scale": GUIDANCE_SCALE,
+        "model": subject.name,
+        "architecture": subject.flow.config.to_dict(),
+        "guidance_scale": guidance.scale,
         "repeats": arguments.repeats,
         "results": results,
     }
     if arguments.json:
         print_json(document)
         return
-    columns = ["batch", "guided", "images/s", "published way, images/s", "ratio", "max difference"]
-    rows = [
-        [
-            str(row["batch"]),
-            f"w={GUIDANCE_SCALE:g}" if row["guided"] else "no",
-            f"{row['images_per_second']:.2f}",
-            f"{row['published_images_per_second']:.2f}",
-            f"{row['ratio']:.2f}x",
-            f"{row['max_difference']:.1e}",
-        ]
-        for row in results
-    ]
-    print_report(f"Sampling {name}", document, columns, rows)
+    _print(document)
+
+
+def _print(document: dict[str, Any]) -> None:
+    columns = ["batch", "method", "s/image", "images/s", "ratio", "levels off", "z error", "threads"]
+    columns += ["peak MiB"] if document["environment"]["device"].startswith("cuda") else []
+    columns += ["of roofline"] if "share_of_roofline" in document["results"][0]["methods"][0] else []
+    rows = []
+    for result in document["results"]:
+        for row in result["methods"]:
+            cells = [
+                str(result["batch"]),
+                row["method"],
+                f"{row['seconds_per_image']:.4f}",
+                f"{row['images_per_second']:.1f}",
+                f"{row['ratio_to_published']:.2f}x",
+                f"{row['max_difference_levels']:.3f}",
+                f"{row['backward_error']:.1e}",
+                str(row["threads"] or "auto"),
+            ]
+            if row["peak_memory_bytes"] is not None:
+                cells.append(f"{row['peak_memory_bytes'] / 2**20:.0f}")
+            if "share_of_roofline" in row:
+                cells.append(f"{row['share_of_roofline']:.0%}")
+            rows.append(cells)
+    print_report(f"Sampling {document['model']}, guidance {document['guidance_scale']:g}", document, columns, rows)
+    print("ratio: to the published loop; levels off: largest distance from sequential float32, in grey levels;")
+    print("z error: largest backward error")
+    for result in document["results"]:
+        for row in result["methods"]:
+            if row["setting"]:
+                print(f"batch {result['batch']}, {row['method']}: {row['setting']}")
+        if result["plan_over_fastest_other"] is not None:
+            print(
+                f"batch {result['batch']}: our plan takes {result['plan_over_fastest_other']:.2f} of the time of the "
+                "fastest other method"
+            )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A bundle is a directory::
 
     config.json         architecture, noise protocol, class names, preprocessing, provenance
     model.safetensors   weights (see :mod:`model.weights`)
-    sampler.json        recommended sampling parameters
+    sampler.json        recommended sampling parameters, and how the solvers converge (``tarflow tune``)
     CARD.md             for people: data, recipe, figures
     samples.png         optional: a picture for the card
     manifest.json       sha256 of every file above, and when the bundle was first written
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
+from model.sampling.plan import ConvergenceProfile
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, SAMPLER, CARD, MANIFEST = (
@@ -153,6 +154,8 @@ class Bundle:
     """Names of the files that the manifest lists."""
     created: int
     """When the bundle was first written, in seconds since 1970 (UTC)."""
+    convergence: ConvergenceProfile | None = None
+    """How the solvers converge; None for a bundle that was not tuned."""
 
     @property
     def name(self) -> str:
@@ -220,8 +223,11 @@ def read_bundle(directory: Path) -> Bundle:
     sampler = parse_json(content[SAMPLER], directory / SAMPLER)
     try:
         sampling = SamplingDefaults.from_dict(sampler.get("defaults", {}))
-        if sampling.denoise and config.noise.kind != "gaussian":
-            raise ValueError("denoise: got true, allowed is false for a uniform-noise model")
+        sampling.check_fits(config.flow, config.noise)
+        stored = sampler.get("convergence")
+        convergence = None if stored is None else ConvergenceProfile.from_dict(stored)
+        if convergence is not None:
+            convergence.check_fits(config.flow)
     except ValueError as error:
         raise BundleDamaged(f"{directory / SAMPLER}: {error}") from error
     return Bundle(
@@ -233,6 +239,7 @@ def read_bundle(directory: Path) -> Bundle:
         weights_sha256=weights_sha256,
         files=tuple(sorted(hashes)),
         created=created,
+        convergence=convergence,
     )
 
 

@@ -13,9 +13,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 NoiseKind = Literal["gaussian", "uniform"]
-GuidanceSchedule = Literal["constant", "linear"]
+GuidanceRule = Literal["linear", "closed_form"]
+GuidanceSchedule = Literal["constant", "linear", "cosine"]
 GuidanceTarget = Literal["both", "scale", "shift"]
+Solver = Literal["auto", "sequential", "jacobi"]
+Precision = Literal["float32", "bf16"]
 
+RULES: tuple[str, ...] = get_args(GuidanceRule)
 SCHEDULES: tuple[str, ...] = get_args(GuidanceSchedule)
 TARGETS: tuple[str, ...] = get_args(GuidanceTarget)
 MAX_SEED = 2**53 - 1
@@ -195,10 +199,15 @@ class SamplingDefaults(Record):
 
     guidance_scale: float = 0.0
     """Guidance weight w; 0 turns guidance off."""
+    guidance_rule: GuidanceRule = "linear"
+    """``linear`` (TarFlow: v + w(v − v_u) for α and μ) or ``closed_form`` (STARFlow: as for a product of Gaussians)."""
     guidance_schedule: GuidanceSchedule = "constant"
-    """``constant`` (w for every patch) or ``linear`` (w·k/(T-1) for patch k, the paper's annealing)."""
+    """How the weight of patch k of 1…T−1 grows: ``constant`` (w), ``linear`` (w·k/(T−1), the paper's annealing)
+    or ``cosine`` (w·(1 − cos(π·k/(T−1)))/2)."""
     guidance_target: GuidanceTarget = "both"
-    """Which affine parameter is guided: ``both``, ``scale`` (α) or ``shift`` (μ)."""
+    """Which affine parameter the linear rule guides: ``both``, ``scale`` (α) or ``shift`` (μ)."""
+    guidance_window: tuple[int, int] | None = None
+    """Guided blocks, [start, stop) in the order of sampling, where block 0 is next to the noise; None for all."""
     attention_temperature: float = 1.0
     """τ that divides the attention logits of the unguided pass."""
     denoise: bool = False
@@ -211,8 +220,30 @@ class SamplingDefaults(Record):
             self.guidance_scale,
             "a number in [0, 100]",
         )
-        check(self.guidance_schedule in SCHEDULES, "guidance_schedule", self.guidance_schedule, " or ".join(SCHEDULES))
+        check(self.guidance_rule in RULES, "guidance_rule", self.guidance_rule, " or ".join(RULES))
+        check(self.guidance_schedule in SCHEDULES, "guidance_schedule", self.guidance_schedule, ", ".join(SCHEDULES))
         check(self.guidance_target in TARGETS, "guidance_target", self.guidance_target, ", ".join(TARGETS))
+        check(
+            self.guidance_rule == "linear" or self.guidance_target == "both",
+            "guidance_target",
+            self.guidance_target,
+            "'both' when guidance_rule is 'closed_form'",
+        )
+        if isinstance(self.guidance_window, list):
+            object.__setattr__(self, "guidance_window", tuple(self.guidance_window))
+        window = self.guidance_window
+        check(
+            window is None
+            or (
+                isinstance(window, tuple)
+                and len(window) == 2
+                and all(map(_is_int, window))
+                and 0 <= window[0] < window[1]
+            ),
+            "guidance_window",
+            window,
+            "two integers [start, stop] with 0 <= start < stop, or null for all blocks",
+        )
         check(
             _is_finite(self.attention_temperature) and 0.01 <= self.attention_temperature <= 100,
             "attention_temperature",
@@ -220,3 +251,44 @@ class SamplingDefaults(Record):
             "a number in [0.01, 100]",
         )
         check(isinstance(self.denoise, bool), "denoise", self.denoise, "true or false")
+
+    def check_fits(self, flow: FlowConfig, noise: NoiseProtocol) -> None:
+        """Raise ``ValueError`` where these parameters ask for what the model does not have."""
+        check(
+            self.guidance_window is None or self.guidance_window[1] <= flow.num_blocks,
+            "guidance_window",
+            self.guidance_window,
+            f"at most [0, {flow.num_blocks}], since the model has {flow.num_blocks} blocks",
+        )
+        check(
+            not self.denoise or noise.kind == "gaussian",
+            "denoise",
+            self.denoise,
+            "false for a model trained with uniform noise",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions(Record):
+    """How the inverse is computed, not what it is: every choice gives the same image within the tolerance."""
+
+    solver: Solver = "auto"
+    """``sequential`` (patch by patch), ``jacobi`` (fixed-point iterations), or ``auto``: what is fastest here."""
+    tolerance: float = 1e-3
+    """Largest backward error max|z' − z| (latents are standard normal) of a certified image."""
+    precision: Precision = "float32"
+    """``bf16`` drafts with bfloat16 weights; the draft is polished in float32 when it is certified."""
+    certify: bool | None = None
+    """True: every image gets a certificate; False: nothing above the tolerance is done again; None: a certificate for
+    what a Jacobi iteration or low precision touched, since sequential float32 decoding is exact but for rounding."""
+
+    def __post_init__(self) -> None:
+        check(self.solver in get_args(Solver), "solver", self.solver, ", ".join(get_args(Solver)))
+        check(
+            _is_finite(self.tolerance) and 1e-6 <= self.tolerance <= 1,
+            "tolerance",
+            self.tolerance,
+            "a number in [1e-6, 1]",
+        )
+        check(self.precision in get_args(Precision), "precision", self.precision, " or ".join(get_args(Precision)))
+        check(self.certify is None or isinstance(self.certify, bool), "certify", self.certify, "true, false or null")

@@ -3,14 +3,12 @@
 Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329), section 2.
 
 Shape legend: B batch, T patches, D values per patch, C colour channels, H attention heads,
-E size of a head, W transformer width, N patches in the current call (T, or 1 when decoding).
-Log-determinants are in nats, summed over all dimensions of an image.
+E size of a head, W transformer width. Log-determinants are in nats, summed over all dimensions of an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -38,14 +36,6 @@ def unpatchify(patches_BTD: Tensor, patch_size: int, image_size: int) -> Tensor:
     return F.fold(patches_BTD.transpose(1, 2), image_size, patch_size, stride=patch_size)
 
 
-@dataclass
-class LayerCache:
-    """Keys and values of one attention layer, preallocated for T patches, owned by the caller."""
-
-    key_BHTE: Tensor
-    value_BHTE: Tensor
-
-
 class LayerNorm(nn.LayerNorm):
     """Layer normalization computed in at least float32, returned in the input's precision."""
 
@@ -65,33 +55,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(
-        self,
-        x_BNW: Tensor,
-        inverse_temperature: Tensor | None = None,
-        cache: LayerCache | None = None,
-        position: int = 0,
-    ) -> Tensor:
-        """Attend causally; with a cache, row ``position`` is appended to it and sees all rows before.
-
-        ``inverse_temperature`` (B, 1, 1, 1) multiplies the attention logits of each row (1/τ).
-        """
-        B, N, W = x_BNW.shape
-        qkv = self.qkv(self.norm(x_BNW)).view(B, N, 3, W // self.head_dim, self.head_dim)
-        q_BHNE, k_BHNE, v_BHNE = qkv.permute(2, 0, 3, 1, 4)
+    def forward(self, x_BTW: Tensor, inverse_temperature: Tensor | None = None) -> Tensor:
+        """Attend causally; ``inverse_temperature`` (B, 1, 1, 1) multiplies the attention logits of each row (1/τ)."""
+        B, T, W = x_BTW.shape
+        qkv = self.qkv(self.norm(x_BTW)).view(B, T, 3, W // self.head_dim, self.head_dim)
+        q_BHTE, k_BHTE, v_BHTE = qkv.permute(2, 0, 3, 1, 4)
         if inverse_temperature is not None:
-            q_BHNE = q_BHNE * inverse_temperature.to(q_BHNE.dtype)
-        if cache is None:
-            y_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, is_causal=True)
-        else:
-            end = position + N
-            cache.key_BHTE[:, :, position:end] = k_BHNE
-            cache.value_BHTE[:, :, position:end] = v_BHNE
-            # One query sees the whole prefix, so the causal mask is needed only when N > 1 from the start.
-            y_BHNE = F.scaled_dot_product_attention(
-                q_BHNE, cache.key_BHTE[:, :, :end], cache.value_BHTE[:, :, :end], is_causal=N > 1
-            )
-        return self.out(y_BHNE.transpose(1, 2).reshape(B, N, W))
+            q_BHTE = q_BHTE * inverse_temperature.to(q_BHTE.dtype)
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+        return self.out(y_BHTE.transpose(1, 2).reshape(B, T, W))
 
 
 class MLP(nn.Module):
@@ -103,8 +75,8 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, width * expansion)
         self.down = nn.Linear(width * expansion, width)
 
-    def forward(self, x_BNW: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(x_BNW))))
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(x_BTW))))
 
 
 class Layer(nn.Module):
@@ -115,22 +87,16 @@ class Layer(nn.Module):
         self.attention = Attention(config.width, config.head_dim)
         self.mlp = MLP(config.width, config.expansion)
 
-    def forward(
-        self,
-        x_BNW: Tensor,
-        inverse_temperature: Tensor | None = None,
-        cache: LayerCache | None = None,
-        position: int = 0,
-    ) -> Tensor:
-        x_BNW = x_BNW + self.attention(x_BNW, inverse_temperature, cache, position)
-        return x_BNW + self.mlp(x_BNW)
+    def forward(self, x_BTW: Tensor, inverse_temperature: Tensor | None = None) -> Tensor:
+        x_BTW = x_BTW + self.attention(x_BTW, inverse_temperature)
+        return x_BTW + self.mlp(x_BTW)
 
 
 class Block(nn.Module):
     """One flow step: z_i = (x_i − μ_i(x_<i))·exp(−α_i(x_<i)), z_0 = x_0 (paper, equation 4).
 
-    ``reverse`` blocks read the patches in opposite order. :meth:`forward` takes and returns image
-    order; :meth:`step`, used to decode, works in the block's own order.
+    ``reverse`` blocks read the patches in opposite order. :meth:`forward` takes and returns image order;
+    its inverse is in :mod:`model.sampling`.
     """
 
     def __init__(self, config: FlowConfig, num_layers: int, reverse: bool) -> None:
@@ -159,9 +125,9 @@ class Block(nn.Module):
         given_BW = self.class_embedding[y_B.clamp(min=0)]
         return torch.where((y_B < 0).unsqueeze(-1), mean_W, given_BW).unsqueeze(1)
 
-    def _affine(self, hidden_BNW: Tensor) -> tuple[Tensor, Tensor]:
+    def _affine(self, hidden_BTW: Tensor) -> tuple[Tensor, Tensor]:
         """Output layer: log-scale α and shift μ, (B, N, D) each, in at least float32."""
-        out = at_least_float32(self.proj_out(hidden_BNW))
+        out = at_least_float32(self.proj_out(hidden_BTW))
         if self.volume_preserving:
             return torch.zeros_like(out), out
         alpha, mu = out.chunk(2, dim=-1)
@@ -195,27 +161,6 @@ class Block(nn.Module):
         alpha, mu = self.affine(x_BTD, y_B)
         z_BTD = (x_BTD - mu) * torch.exp(-alpha)
         return self.in_block_order(z_BTD), self.in_block_order(alpha)
-
-    def step(
-        self,
-        x_BD: Tensor,
-        index: int,
-        condition: Tensor | None,
-        caches: list[LayerCache],
-        inverse_temperature: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Consume the finished patch ``index`` (block order); returns α, μ (B, D) of patch ``index + 1``.
-
-        ``condition`` comes from :meth:`class_condition`; ``caches`` holds one entry per layer.
-        """
-        row = self.position.shape[0] - 1 - index if self.reverse else index
-        h_B1W = (self.proj_in(x_BD.to(self.proj_in.weight.dtype)) + self.position[row]).unsqueeze(1)
-        if condition is not None:
-            h_B1W = h_B1W + condition
-        for layer, cache in zip(self.layers, caches, strict=True):
-            h_B1W = layer(h_B1W, inverse_temperature, cache, index)
-        alpha, mu = self._affine(h_B1W)
-        return alpha.squeeze(1), mu.squeeze(1)
 
 
 class Flow(nn.Module):

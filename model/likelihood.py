@@ -66,7 +66,7 @@ def log_likelihood(flow: Flow, x_BTD: Tensor, y_B: Tensor | None = None) -> Tens
 def encode(flow: Flow, x_BTD: Tensor, y_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Patches to latents u (B, T, D) with a standard normal prior, and log p(x | y) (B,) in nats.
 
-    Decoding without guidance (:func:`model.sampling.sequential.decode`) inverts it.
+    Decoding without guidance (:class:`model.sampling.sampler.Sampler`) inverts it.
     """
     z_BTD, logdet_B = flow(x_BTD, y_B)
     nats_B = prior_terms(z_BTD, flow.prior_variance).sum(dim=(1, 2)) + logdet_B

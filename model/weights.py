@@ -30,6 +30,7 @@ from model.bundle import (
 )
 from model.config import SamplingDefaults
 from model.flow import Flow
+from model.sampling.plan import ConvergenceProfile
 
 
 def write_bundle(
@@ -66,14 +67,19 @@ def update_bundle(
     bundle: Bundle,
     *,
     sampling: SamplingDefaults | None = None,
+    convergence: ConvergenceProfile | None = None,
     card: str | None = None,
     samples_png: bytes | None = None,
 ) -> Bundle:
-    """Change a bundle's recommendation, card or picture; its weights, and so its id, stay the same."""
+    """Change a bundle's recommendation, profile, card or picture; its weights, and so its id, stay the same."""
     files = {name: read_file(bundle.path, name) for name in bundle.files}
-    if sampling is not None:
-        content = json.loads(files[SAMPLER])
-        files[SAMPLER] = (json.dumps({**content, "defaults": sampling.to_dict()}, indent=2) + "\n").encode()
+    changes = {
+        name: record.to_dict()
+        for name, record in (("defaults", sampling), ("convergence", convergence))
+        if record is not None
+    }
+    if changes:
+        files[SAMPLER] = (json.dumps({**json.loads(files[SAMPLER]), **changes}, indent=2) + "\n").encode()
     if card is not None:
         files[CARD] = card.encode()
     if samples_png is not None:

@@ -7,16 +7,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from model.config import GuidanceRule, GuidanceSchedule, GuidanceTarget, Precision, Solver, SolverOptions
 from service.errors import ServiceError
 from service.settings import Settings
-from training.cli import clear_errors, evaluate, train
+from training.cli import clear_errors, evaluate, sweep, train, tune
 
 app = typer.Typer(
     help="Serve, train and use TarFlow normalizing flows.",
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(evaluate)
+app.command()(sweep)
+app.command()(tune)
 
 Model = Annotated[str, typer.Option(help="Bundle directory, or name of a model in the package.")]
 Class = Annotated[str | None, typer.Option("--class", help="Class by name or index; none if not given.")]
@@ -111,15 +114,32 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="Number of images; several make a grid.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; image i uses seed + i.")] = 0,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance weight w.")] = None,
-    guidance_schedule: Annotated[Literal["constant", "linear"] | None, typer.Option(help="Guidance schedule.")] = None,
+    guidance_rule: Annotated[GuidanceRule | None, typer.Option(help="Guidance rule.")] = None,
+    guidance_schedule: Annotated[GuidanceSchedule | None, typer.Option(help="Guidance schedule.")] = None,
+    guidance_target: Annotated[GuidanceTarget | None, typer.Option(help="What the linear rule guides.")] = None,
+    guidance_window: Annotated[
+        tuple[int, int] | None, typer.Option(help="First guided block, and the one after the last.")
+    ] = None,
     attention_temperature: Annotated[float | None, typer.Option(help="τ of the unguided pass.")] = None,
     denoise: Annotated[bool | None, typer.Option(help="Denoise with Tweedie's formula.")] = None,
+    solver: Annotated[Solver, typer.Option(help="How the blocks are inverted.")] = SolverOptions.solver,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest backward error of a certified image.")
+    ] = SolverOptions.tolerance,
+    precision: Annotated[Precision, typer.Option(help="bf16 drafts; on a CPU it is slow.")] = SolverOptions.precision,
+    certify: Annotated[
+        bool | None, typer.Option(help="A certificate for every image; by default where it is needed.")
+    ] = None,
+    trajectory: Annotated[bool, typer.Option("--trajectory", help="Also show the states after each block.")] = False,
     device: Device = "auto",
 ) -> None:
     """Draw images without a server; what is not given is as the bundle recommends."""
     given = {
         "guidance_scale": guidance_scale,
+        "guidance_rule": guidance_rule,
         "guidance_schedule": guidance_schedule,
+        "guidance_target": guidance_target,
+        "guidance_window": guidance_window,
         "attention_temperature": attention_temperature,
         "denoise": denoise,
     }
@@ -127,9 +147,18 @@ def sample(
     with clear_errors(), _service_errors():
         from service import local
 
-        png, options = local.sample(model, device, label=class_, seeds=range(seed, seed + num), overrides=overrides)
-        out.write_bytes(png)
-    typer.echo(f"{out}: {num} images from seed {seed}, {json.dumps(options.to_dict())}")
+        how = SolverOptions(solver=solver, tolerance=tolerance, precision=precision, certify=certify)
+        seeds = range(seed, seed + num)
+        drawn = local.sample(
+            model, device, label=class_, seeds=seeds, overrides=overrides, solver=how, trajectory=trajectory
+        )
+        out.write_bytes(drawn.png)
+    typer.echo(f"{out}: {num} images from seed {seed}, {json.dumps(drawn.options.to_dict())}")
+    exactness = "exact but for rounding (--certify measures it)"
+    if drawn.backward_error is not None:
+        within = "certified within" if drawn.certified else "not within"
+        exactness = f"largest backward error {drawn.backward_error:.2g}, {within} {tolerance:g}"
+    typer.echo(f"blocks solved {' or '.join(drawn.plans)}; {exactness}")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -30,6 +30,9 @@ URGENT = frozenset({Op.SCORE, Op.ENCODE})
 LONG = frozenset(Op) - URGENT
 """Work that runs in slices."""
 
+REDONE = (None, "tolerance", "non_finite")
+"""Why an image was decoded again, by the number that a worker gives the reason."""
+
 EXIT_UNUSABLE = 3
 """Exit status of a worker that cannot start: a bad bundle, a missing device, a failed warm-up."""
 
@@ -38,9 +41,11 @@ EXIT_UNUSABLE = 3
 class Job:
     """One accepted request; ``payload`` holds plain data and arrays as its op wants them.
 
-    sample: seeds [int], label, options — decode: latents (n, T, D) float32, label, options — denoise:
-    pixels (n, C, H, W) uint8, label, add_noise, seed — score: pixels, label, draws, seed — encode:
-    pixels, label, add_noise, seed. ``label`` is a class index or None for no class.
+    sample: seeds [int], label, options, solver, trajectory — decode: latents (n, T, D) float32, label, options,
+    solver, trajectory — denoise: pixels (n, C, H, W) uint8, label, add_noise, seed — score: pixels, label, draws,
+    seed — encode: pixels, label, add_noise, seed. ``label`` is a class index or None for no class, ``options`` are
+    :class:`~model.config.SamplingDefaults`, ``solver`` is :class:`~model.config.SolverOptions`, ``trajectory`` says
+    whether the states after each block are wanted. Where ``floats`` is true, images come as floats too.
     """
 
     id: str
@@ -71,6 +76,8 @@ class JobResult:
     arrays: Mapping[str, NDArray[Any]]
     inference_seconds: float
     queue_seconds: float = 0.0
+    plan: Sequence[str] = ()
+    """How sample and decode inverted each block, in the order of sampling."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for a message."""
@@ -95,11 +102,13 @@ class ModelInfo:
     card: str = ""
     created: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)
+    convergence: Mapping[str, float] | None = None
+    """How its solvers converge, in short: gain, floor, tolerance; None for a model that was not tuned."""
 
     @classmethod
     def of(cls, bundle: Bundle) -> ModelInfo:
         """The metadata of a bundle."""
-        config = bundle.config
+        config, profile = bundle.config, bundle.convergence
         return cls(
             name=config.name,
             model_id=bundle.model_id,
@@ -110,6 +119,9 @@ class ModelInfo:
             card=bundle.card,
             created=bundle.created,
             training=config.training,
+            convergence=None
+            if profile is None
+            else {"gain": profile.gain, "floor": profile.floor, "tolerance": profile.tolerance},
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -150,3 +162,8 @@ class WorkerInfo:
 def as_floats(values: Any) -> NDArray[np.float32]:
     """Anything array-like as little-endian float32, the form in which tensors travel."""
     return np.ascontiguousarray(values, dtype="<f4")
+
+
+def is_certified(backward_error: float, tolerance: float) -> bool | None:
+    """Whether a certificate holds, compared in float32 as the sampler does; ``None`` where there is none (nan)."""
+    return None if np.isnan(backward_error) else bool(np.float32(backward_error) <= np.float32(tolerance))

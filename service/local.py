@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from model.bundle import Bundle, BundleConfig, BundleError, open_bundle
-from model.config import NoiseProtocol, SamplingDefaults
+from model.config import NoiseProtocol, SamplingDefaults, SolverOptions
 from model.device import resolve_device
-from model.images import ImageError, encode_image, fit_image, grid, load_image
+from model.images import ImageError, encode_image, fit_image, load_image
 from model.official import read_checkpoint, to_flow
-from model.weights import load_flow, write_bundle
+from model.weights import write_bundle
 from service.api.context import resolve_class
+from service.api.options import sampling_options
+from service.api.rendering import contact_sheet
 from service.api.running import new_job
-from service.jobs import ModelInfo, Op
+from service.jobs import Op, is_certified
 from service.worker.cohort import Cohort
 from service.worker.loading import LoadedModel
+from service.worker.scoring import Arrays
 from service.worker.scoring import score as score_jobs
 
 BATCH_ROWS = 64
@@ -54,28 +57,68 @@ def import_checkpoint(
 
 
 def _load(name_or_path: str, device: str) -> LoadedModel:
-    target, bundle = resolve_device(device), open_bundle(name_or_path)
-    return LoadedModel(ModelInfo.of(bundle), load_flow(bundle, target), target)
+    return LoadedModel.load(open_bundle(name_or_path), resolve_device(device))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What :func:`sample` gives: a PNG file, the parameters used, and how exact the images are."""
+
+    png: bytes
+    options: SamplingDefaults
+    plans: tuple[str, ...]
+    """Each plan that a batch had, once."""
+    backward_error: float | None
+    """The largest; ``None`` without certificates."""
+    certified: bool | None
+    """Whether all images are within the tolerance."""
 
 
 def sample(
-    name_or_path: str, device: str, *, label: str | None, seeds: Sequence[int], overrides: dict[str, Any]
-) -> tuple[bytes, SamplingDefaults]:
-    """A PNG with one image per seed (a grid for several), and the parameters used."""
+    name_or_path: str,
+    device: str,
+    *,
+    label: str | None,
+    seeds: Sequence[int],
+    overrides: dict[str, Any],
+    solver: SolverOptions,
+    trajectory: bool = False,
+) -> Drawn:
+    """Draw one image per seed, several as a grid; with a trajectory a row each, as the service lays it out.
+
+    Raises ``InvalidRequest`` or ``ValueError`` naming what is wrong.
+    """
     model = _load(name_or_path, device)
     index = resolve_class(model.info, label)
-    options = replace(model.info.sampling, **overrides)
-    if options.denoise and model.noise.kind != "gaussian":
-        raise ValueError("denoise: got true, allowed is false for a uniform-noise model")
-    pixels: list[np.ndarray[Any, Any]] = []
+    options = sampling_options(model.info, overrides, index)
+    if solver.solver == "auto" and model.info.convergence is not None:
+        # The choice of a plan needs to know what passes cost here; without a profile there is no choice.
+        model.measure(min(BATCH_ROWS, len(seeds)))
+    payload = {
+        "label": index,
+        "options": options.to_dict(),
+        "solver": solver.to_dict(),
+        "trajectory": trajectory,
+    }
+    parts: list[Arrays] = []
+    plans: list[str] = []
     for start in range(0, len(seeds), BATCH_ROWS):
         part = list(seeds[start : start + BATCH_ROWS])
-        job = new_job(model.info, Op.SAMPLE, {"seeds": part, "label": index, "options": options.to_dict()}, len(part))
-        cohort = Cohort(model, [job])
+        cohort = Cohort(model, [new_job(model.info, Op.SAMPLE, {"seeds": part, **payload}, len(part))])
         while not cohort.advance():
             pass
-        pixels += list(cohort.results()[0][1]["pixels"])
-    return encode_image(pixels[0] if len(pixels) == 1 else grid(pixels), "png"), options
+        parts.append(cohort.results()[0][1])
+        plans.append(", ".join(cohort.plan.describe()) if cohort.plan else "")
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    error = float(arrays["backward_error"].max())
+    certified = is_certified(error, solver.tolerance)
+    return Drawn(
+        png=encode_image(contact_sheet(arrays, denoised=options.denoise), "png"),
+        options=options,
+        plans=tuple(dict.fromkeys(plans)),
+        backward_error=None if certified is None else error,
+        certified=certified,
+    )
 
 
 def score(

@@ -90,7 +90,7 @@ def test_the_commands_do_what_the_readme_says(newcomer: Path, tmp_path: Path) ->
                 command.replace("curl -s ", "curl -sSf "), shell=True, cwd=newcomer, capture_output=True, text=True
             )
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    for name in ("boot.png", "again.png", "clean.png", "bags.png"):
+    for name in ("boot.png", "blocks.png", "again.png", "clean.png", "bags.png"):
         assert load_image((newcomer / name).read_bytes()).image.mode == "L"
     assert (newcomer / "runs/clothes/bundle/manifest.json").is_file()
 

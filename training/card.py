@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import FlowConfig
+from model.config import FlowConfig, SamplingDefaults
 from training.config import TrainConfig
 from training.duration import duration
 
 BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
 """Markers around the section that ``evaluate --write-card`` fills in."""
+RECOMMENDED = "- Recommended sampling:"
+"""How the line begins that :func:`with_recommendation` replaces."""
 _NOT_EVALUATED = "Not evaluated yet: `tarflow evaluate BUNDLE --data DIR --write-card` fills this in."
 
 
@@ -110,9 +112,22 @@ def _model(config: TrainConfig, facts: RunFacts) -> str:
     protocol = f"Gaussian, σ = {noise.std:g} on the [-1, 1] pixel scale" if noise.kind == "gaussian" else "uniform"
     lines += [
         f"- Noise added to images in training: {protocol}",
-        f"- Recommended sampling: guidance {sampling.guidance_scale:g} ({sampling.guidance_schedule}), "
-        f"attention temperature {sampling.attention_temperature:g}, denoising {'on' if sampling.denoise else 'off'}",
+        _recommendation(sampling),
     ]
+    return "\n".join(lines)
+
+
+def _recommendation(sampling: SamplingDefaults) -> str:
+    rule = "" if sampling.guidance_rule == "linear" else ", closed-form rule"
+    return (
+        f"{RECOMMENDED} guidance {sampling.guidance_scale:g} ({sampling.guidance_schedule}{rule}), "
+        f"attention temperature {sampling.attention_temperature:g}, denoising {'on' if sampling.denoise else 'off'}"
+    )
+
+
+def with_recommendation(card: str, sampling: SamplingDefaults) -> str:
+    """The card with another line of recommended sampling, in place of the one it has."""
+    lines = [_recommendation(sampling) if line.startswith(RECOMMENDED) else line for line in card.split("\n")]
     return "\n".join(lines)
 
 

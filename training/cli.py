@@ -1,4 +1,4 @@
-"""The commands ``train`` and ``evaluate``: options in, one clear line per error out.
+"""The commands ``train``, ``evaluate``, ``sweep`` and ``tune``: options in, one clear line per error out.
 
 Importing this module is cheap; torch is imported when a command runs. The console script mounts
 the same functions.
@@ -23,7 +23,7 @@ from model.bundle import open_bundle
 from training.config import load_preset, preset_names
 
 if TYPE_CHECKING:
-    pass
+    from model.config import SamplingDefaults
 
 app = typer.Typer(
     help="Train and evaluate TarFlow models.",
@@ -201,6 +201,137 @@ def evaluate(
             typer.echo("\n  ".join([f"{evaluation.bundle.name} ({evaluation.bundle.model_id})", *lines(evaluation)]))
         for line in differences(evaluations):
             typer.echo(line)
+
+
+@app.command()
+def sweep(
+    bundle: Annotated[str, typer.Argument(help="Bundle directory, or name of a model in the package.")],
+    data: Annotated[Path, typer.Option(help="Directory with the data, as for train.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory for sweep.md, sweep.json and the contact sheet sweep.png.")
+    ] = Path("sweep"),
+    conditional: Annotated[
+        bool | None,
+        typer.Option("--conditional/--unconditional", help="Only with or only without classes; both."),
+    ] = None,
+    scales: Annotated[str | None, typer.Option(help="Guidance weights, as in 0.5,1,2.")] = None,
+    temperatures: Annotated[str | None, typer.Option(help="Attention temperatures of the unguided pass.")] = None,
+    schedules: Annotated[str | None, typer.Option(help="Of constant,linear,cosine.")] = None,
+    rules: Annotated[str | None, typer.Option(help="Of linear,closed_form.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples of each setting.")] = 200,
+    confirm_samples: Annotated[
+        int, typer.Option(min=0, help="Samples from fresh seeds of the chosen settings and of no guidance; 0: none.")
+    ] = 500,
+    reference_images: Annotated[int, typer.Option(min=1, help="Real images to compare with, at most.")] = 5000,
+    split: Annotated[str, typer.Option(help="Split of the real images: test or train.")] = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Sample i has the seed SEED + i.")] = 0,
+    device: Device = "auto",
+    save: Annotated[
+        str | None,
+        typer.Option(help="conditional, unconditional or both: recommend the best setting for it in the bundle."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compare guidance settings by the Fréchet distance of their samples from real images, in a table and on a
+    contact sheet. What is not given is as in the default grids; the rest of the sampling is as the bundle recommends.
+    """
+    with clear_errors():
+        from model.device import resolve_device
+        from model.images import encode_image
+        from model.weights import update_bundle
+        from training.card import with_recommendation
+        from training.sweep import SweepOptions, run_sweep
+        from training.sweep_grid import MODES, make_grids
+        from training.sweep_report import contact_sheet, describe, markdown, to_json
+
+        model = open_bundle(bundle)
+        modes = MODES if model.config.flow.num_classes else MODES[1:]
+        if conditional is not None:
+            modes = (MODES[0] if conditional else MODES[1],)
+        savable = [*modes, *(["both"] if len(modes) > 1 else [])]
+        if save is not None and save not in savable:
+            raise ValueError(f"save: got {save!r}, allowed is what is swept: {', '.join(savable)}")
+        options = SweepOptions(
+            grids=make_grids(modes, scales=scales, schedules=schedules, rules=rules, temperatures=temperatures),
+            num_samples=num_samples,
+            confirm_samples=confirm_samples,
+            reference_images=reference_images,
+            split=split,
+            seed=seed,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task("real images", total=None)
+
+            def show(text: str, done: int, total: int) -> None:
+                progress.update(task, description=text, completed=done, total=total)
+
+            result = run_sweep(model, data, options, resolve_device(device), show)
+        report, document = markdown(result), json.dumps(to_json(result), indent=2) + "\n"
+        (out / "sweep.md").write_text(report)
+        (out / "sweep.json").write_text(document)
+        (out / "sweep.png").write_bytes(encode_image(contact_sheet(result), "png"))
+        typer.echo(document if as_json else report, nl=False)
+        # Beside a JSON document on stdout, sentences go to stderr.
+        say = partial(typer.echo, err=as_json)
+        say(f"written to {out}: sweep.md, sweep.json and the contact sheet sweep.png")
+        found: dict[str, SamplingDefaults] = {mode.mode: mode.best.setting for mode in result.modes}
+        if result.shared_best is not None:
+            found["both"] = result.shared_best
+        for kind, setting in found.items():
+            if kind == save:
+                update_bundle(model, sampling=setting, card=with_recommendation(model.card, setting))
+                say(f"{model.path} now recommends {describe(setting)}")
+            elif setting != model.sampling:
+                say(f"to recommend {describe(setting)}, give the same command --save {kind}")
+
+
+@app.command()
+def tune(
+    bundle: Annotated[str, typer.Argument(help="Bundle directory, or name of a model in the package.")],
+    data: Annotated[Path, typer.Option(help="Directory with the data, as for train.")],
+    num_images: Annotated[int, typer.Option(help="Images to sample, and to look at.")] = 32,
+    tolerance: Annotated[float, typer.Option(help="Backward error that images must stay below.")] = 1e-3,
+    split: Annotated[str, typer.Option(help="Split of the data: train or test.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")] = 0,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print, but leave the bundle alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the profile as one JSON document.")] = False,
+) -> None:
+    """Measure how a model's blocks converge and store it in the bundle: samplers choose their plan by it.
+
+    Tuning changes neither the weights nor the model's id, and no image by more than the tolerance.
+    """
+    with clear_errors():
+        from model.device import resolve_device
+        from model.weights import update_bundle
+        from training.tune import TuneOptions, tables
+        from training.tune import tune as measure
+
+        model = open_bundle(bundle)
+        options = TuneOptions(num_images=num_images, tolerance=tolerance, split=split, seed=seed)
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task("", total=None)
+
+            def show(text: str) -> None:
+                progress.update(task, description=text)
+
+            tuning = measure(model, data, options, resolve_device(device), show)
+        if not dry_run:
+            update_bundle(model, convergence=tuning.profile)
+        if as_json:
+            typer.echo(json.dumps(tuning.profile.to_dict(), indent=2))
+            return
+        console = Console()
+        for table in tables(tuning):
+            console.print(table)
+        profile = tuning.profile
+        typer.echo(
+            f"gain {profile.gain:.3g}: backward error of an image for each unit of residual at which a row stops"
+        )
+        typer.echo(f"floor {profile.floor:.1e}: backward error of sequential decoding in float32")
+        if not dry_run:
+            typer.echo(f"stored in {model.path / 'sampler.json'}")
 
 
 def _show_progress(progress: Progress, task: TaskID, done: int, total: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from model.flow import Flow
 from model.images import encode_image, grid
 from model.likelihood import to_pixels
 from model.noise import latents
-from model.sampling.rows import Slices, make_rows
-from model.sampling.sequential import decode
+from model.sampling.rows import Progress, make_rows
+from model.sampling.sampler import Sampler
 
+Result = TypeVar("Result")
 SAMPLES_PER_CLASS = 2
 MAX_CLASSES = 16
 UNCONDITIONAL_SAMPLES, UNCONDITIONAL_COLUMNS = 16, 8
@@ -55,14 +57,14 @@ def sample_grid(
         columns, labels = UNCONDITIONAL_COLUMNS, [None] * UNCONDITIONAL_SAMPLES
     u_BTD = latents(range(len(labels)), config.num_patches, config.patch_dim).to(device)
     rows = make_rows(u_BTD, labels, [sampling] * len(labels))
-    x_BTD = _finish(decode(flow, rows), should_stop)
+    x_BTD = _finish(Sampler(flow).decode(rows), should_stop).x_BTD
     if sampling.denoise:
         x_BTD = _finish(denoise(flow, x_BTD, rows.label_B, noise.std), should_stop)
     pixels = to_pixels(flow.unpatchify(x_BTD), noise.kind).cpu().numpy()
     return grid(list(pixels), columns)
 
 
-def _finish(slices: Slices, should_stop: Callable[[], bool]) -> torch.Tensor:
+def _finish(slices: Generator[Progress, torch.Tensor | None, Result], should_stop: Callable[[], bool]) -> Result:
     """Run a sampler to its end, unless asked to stop between two slices."""
     while not should_stop():
         try:

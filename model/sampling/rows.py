@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from model.config import SamplingDefaults
+from model.config import SCHEDULES, SamplingDefaults, SolverOptions
 from model.flow import NO_CLASS
 
 Result = TypeVar("Result")
+ALL_BLOCKS = 2**31
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Progress:
     block: int
     num_blocks: int
     fraction: float
+    preview_BTD: Tensor | None = None
+    """The rows after the last finished block, in image order."""
 
 
 Slices = Generator[Progress, Tensor | None, Tensor]
-"""A sampler in flight. ``send(keep)`` with row indices drops all other rows before the next slice."""
+"""Work in flight. ``send(keep)`` with row indices drops all other rows before the next slice."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,18 @@ class Rows:
     """Class index, or NO_CLASS."""
     scale_B: Tensor
     """Guidance weight w; 0 for none."""
-    is_linear_B: Tensor
-    """Whether the row's schedule is linear rather than constant."""
-    guides_scale_B: Tensor
-    """Whether guidance acts on the log-scale α."""
-    guides_shift_B: Tensor
-    """Whether guidance acts on the shift μ."""
+    schedule_B: Tensor
+    """Index of the weight's schedule in SCHEDULES."""
+    closed_form_B: Tensor
+    """Whether the row's rule is the closed form rather than the linear one."""
+    target_B2: Tensor
+    """1 where the linear rule acts on the log-scale α and the shift μ, else 0."""
+    window_B2: Tensor
+    """First guided block, and the one after the last, in the order of sampling."""
     temperature_B: Tensor
     """Attention temperature τ of the unguided pass."""
+    tolerance_B: Tensor
+    """Largest backward error of a certified row."""
 
     def __len__(self) -> int:
         return self.latent_BTD.shape[0]
@@ -54,28 +61,42 @@ class Rows:
         """The rows at ``index``."""
         return Rows(**{name: value[index] for name, value in vars(self).items()})
 
-    @property
-    def guided(self) -> Tensor:
-        """Indices of rows that need a second pass: a weight, and a second pass that differs."""
+    def guided(self, block: int) -> Tensor:
+        """Indices of rows that need a second pass in the ``block``-th block of sampling: a weight, and a pass that
+        differs."""
         differs = (self.label_B != NO_CLASS) | (self.temperature_B != 1)
-        return ((self.scale_B != 0) & differs).nonzero().squeeze(-1)
+        inside = (self.window_B2[:, 0] <= block) & (block < self.window_B2[:, 1])
+        return ((self.scale_B != 0) & differs & inside).nonzero().squeeze(-1)
 
 
-def make_rows(latent_BTD: Tensor, labels: Sequence[int | None], options: Sequence[SamplingDefaults]) -> Rows:
-    """Assemble rows from one label (``None`` = no class) and one set of options per latent."""
+def make_rows(
+    latent_BTD: Tensor,
+    labels: Sequence[int | None],
+    options: Sequence[SamplingDefaults],
+    tolerances: Sequence[float] | float = SolverOptions.tolerance,
+) -> Rows:
+    """Assemble rows from one label (``None`` = no class), one set of options and one tolerance per latent."""
     device, dtype = latent_BTD.device, latent_BTD.dtype
+
+    def column(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, device=device, dtype=dtype)
+
+    if isinstance(tolerances, float):
+        tolerances = [tolerances] * len(latent_BTD)
     return Rows(
         latent_BTD=latent_BTD,
-        label_B=torch.tensor([NO_CLASS if y is None else y for y in labels], device=device),
-        scale_B=torch.tensor([o.guidance_scale for o in options], device=device, dtype=dtype),
-        is_linear_B=torch.tensor([o.guidance_schedule == "linear" for o in options], device=device),
-        guides_scale_B=torch.tensor([o.guidance_target != "shift" for o in options], device=device),
-        guides_shift_B=torch.tensor([o.guidance_target != "scale" for o in options], device=device),
-        temperature_B=torch.tensor([o.attention_temperature for o in options], device=device, dtype=dtype),
+        label_B=column([NO_CLASS if y is None else y for y in labels], torch.long),
+        scale_B=column([o.guidance_scale for o in options], dtype),
+        schedule_B=column([SCHEDULES.index(o.guidance_schedule) for o in options], torch.long),
+        closed_form_B=column([o.guidance_rule == "closed_form" for o in options], torch.bool),
+        target_B2=column([[o.guidance_target != "shift", o.guidance_target != "scale"] for o in options], dtype),
+        window_B2=column([o.guidance_window or (0, ALL_BLOCKS) for o in options], torch.long),
+        temperature_B=column([o.attention_temperature for o in options], dtype),
+        tolerance_B=column(tolerances, dtype),
     )
 
 
-def finish(slices: Generator[Progress, Tensor | None, Result]) -> Result:
+def finish(slices: Generator[Any, Tensor | None, Result]) -> Result:
     """Run a sampler to its end in one go."""
     while True:
         try:

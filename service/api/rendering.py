@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from model.images import Change, Format, encode_image, grid
 from service.api.schemas import ImageResult, Notice, OutputFormat, TensorValue
 from service.errors import NotAcceptable
-from service.jobs import JobResult
+from service.jobs import REDONE, JobResult, is_certified
 
 NON_FINITE = Notice(
     code="non_finite", message="the model gave values that are not finite; pictures show them as grey, npy holds them"
@@ -80,20 +80,47 @@ def _npy(image: NDArray[np.float32]) -> bytes:
     return buffer.getvalue()
 
 
+def _exactness(result: JobResult, index: int, tolerance: float) -> dict[str, Any]:
+    """An image's certificate, as its answer has it."""
+    error = float(result.arrays["backward_error"][index])
+    return {
+        "backward_error": finite_or_none(error),
+        "certified": is_certified(error, tolerance),
+        "redone": REDONE[int(result.arrays["redone"][index])],
+    }
+
+
 async def image_results(
-    result: JobResult, output_format: OutputFormat, details: Sequence[Mapping[str, Any]]
+    result: JobResult,
+    output_format: OutputFormat,
+    details: Sequence[Mapping[str, Any]],
+    tolerance: float | None,
 ) -> list[ImageResult]:
-    """One answer per image; ``details`` holds each image's own fields (seed, class, warnings)."""
+    """One answer per image; ``details`` holds each image's own fields (seed, class, warnings).
+
+    ``tolerance`` is that of certificates; ``None`` for images that were not sampled.
+    """
+
+    def file(pixels: NDArray[np.uint8], floats: NDArray[np.float32]) -> str:
+        data = _npy(floats) if output_format == "npy" else encode_image(pixels, output_format)
+        return base64.b64encode(data).decode()
 
     def build() -> list[ImageResult]:
-        answers = []
+        answers, arrays = [], result.arrays
+        # The worker sends the floats only where they are answered.
+        floats = arrays.get("images", arrays["pixels"])
         for i, detail in enumerate(details):
-            if output_format == "npy":
-                data = _npy(result.arrays["images"][i])
-            else:
-                data = encode_image(result.arrays["pixels"][i], output_format)
-            answer = ImageResult(index=i, format=output_format, b64=base64.b64encode(data).decode(), **detail)
-            if not result.arrays["finite"][i]:
+            exactness = {} if tolerance is None else _exactness(result, i, tolerance)
+            states = [file(state, state) for state in arrays["trajectory"][i]] if "trajectory" in arrays else None
+            answer = ImageResult(
+                index=i,
+                format=output_format,
+                b64=file(arrays["pixels"][i], floats[i]),
+                trajectory=states,
+                **exactness,
+                **detail,
+            )
+            if not arrays["finite"][i]:
                 answer.warnings.append(NON_FINITE)
             answers.append(answer)
         return answers
@@ -101,9 +128,33 @@ async def image_results(
     return await anyio.to_thread.run_sync(build)
 
 
-async def picture(result: JobResult, file_format: Format, headers: Mapping[str, str]) -> Response:
-    """The image itself, or a grid of several."""
-    pixels = list(result.arrays["pixels"])
-    whole = pixels[0] if len(pixels) == 1 else grid(pixels)
-    data = await anyio.to_thread.run_sync(encode_image, whole, file_format)
+def certificate_headers(result: JobResult, tolerance: float | None) -> dict[str, str]:
+    """How exact the images are, as headers: the plan, the largest backward error, whether all are certified."""
+    headers = {"x-tarflow-plan": ", ".join(result.plan)} if result.plan else {}
+    if tolerance is not None:
+        error = float(result.arrays["backward_error"].max())
+        certified = is_certified(error, tolerance)
+        if certified is not None:
+            headers |= {"x-tarflow-backward-error": f"{error:.3g}", "x-tarflow-certified": str(certified).lower()}
+    return headers
+
+
+def contact_sheet(arrays: Mapping[str, NDArray[Any]], *, denoised: bool) -> NDArray[np.uint8]:
+    """The image, or a grid of several; with a trajectory a row for each image: its states, then itself if denoised."""
+    pixels = list(arrays["pixels"])
+    if "trajectory" not in arrays:
+        return pixels[0] if len(pixels) == 1 else grid(pixels)
+    rows = [
+        [*states, *([image] if denoised else [])] for states, image in zip(arrays["trajectory"], pixels, strict=True)
+    ]
+    return grid([state for row in rows for state in row], columns=len(rows[0]))
+
+
+async def picture(result: JobResult, file_format: Format, headers: Mapping[str, str], *, denoised: bool) -> Response:
+    """The image itself, or a grid: see :func:`contact_sheet`."""
+
+    def build() -> bytes:
+        return encode_image(contact_sheet(result.arrays, denoised=denoised), file_format)
+
+    data = await anyio.to_thread.run_sync(build)
     return Response(data, media_type=f"image/{file_format}", headers=dict(headers))

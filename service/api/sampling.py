@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from model.config import MAX_SEED, SamplingDefaults
+from model.config import MAX_SEED
 from service.api import examples
 from service.api.context import Context, ContextDependency, class_name, resolve_class
-from service.api.rendering import NON_FINITE, accepted_image, image_results, picture, warnings
+from service.api.options import asked, check_can_denoise
+from service.api.rendering import NON_FINITE, accepted_image, certificate_headers, image_results, picture, warnings
 from service.api.running import cost_of, new_job, run
 from service.api.schemas import (
     DecodeRequest,
     DenoiseRequest,
     ErrorResponse,
-    Guidance,
     ImagesResponse,
     OutputFormat,
     SampleRequest,
@@ -31,7 +31,9 @@ from service.jobs import Job, ModelInfo, Op
 IMAGES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesResponse,
-        "description": "JSON, or with `Accept: image/png` (jpeg, webp) the image itself; several as a grid",
+        "description": "JSON, or with `Accept: image/png` (jpeg, webp) the image itself; several as a grid. With a "
+        "trajectory the grid has a row for each image: its states after each block, and the denoised image. The "
+        "headers x-tarflow-plan, x-tarflow-backward-error (the largest) and x-tarflow-certified say how exact it is",
         "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}},
     },
     "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
@@ -44,32 +46,9 @@ DENOISE_PASSES = 3
 router = APIRouter(prefix="/v1", tags=["images"], responses=IMAGES)
 
 
-def _options(model: ModelInfo, sent: Guidance, label: int | None) -> SamplingDefaults:
-    """The bundle's recommendation with the fields that the request sets, as they will be used."""
-    names = ("guidance_scale", "guidance_schedule", "attention_temperature", "denoise")
-    given = {name: value for name in names if (value := getattr(sent, name)) is not None}
-    options = replace(model.sampling, **given)
-    if label is None and options.attention_temperature == 1:
-        # Without class and temperature both passes are the same, and guidance does nothing.
-        options = replace(options, guidance_scale=0.0)
-    if options.denoise:
-        _check_can_denoise(model)
-    return options
-
-
-def _check_can_denoise(model: ModelInfo) -> None:
-    if model.noise.kind != "gaussian":
-        raise InvalidRequest(
-            f"denoise: model {model.name!r} was trained with {model.noise.kind} noise; "
-            "only Gaussian-noise models can denoise",
-            param="denoise",
-            code="cannot_denoise",
-        )
-
-
-def _passes(options: SamplingDefaults) -> int:
-    """How often a sampled image goes through the model; denoising counts like one more pass."""
-    return 1 + (options.guidance_scale != 0) + options.denoise
+def _shown(used: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload's parameters as an answer shows them."""
+    return {**used["options"], **used["solver"], "trajectory": used["trajectory"]}
 
 
 async def _respond(
@@ -91,13 +70,14 @@ async def _respond(
         noted |= set() if result.arrays["finite"].all() else {NON_FINITE.code}
         notes = {"x-tarflow-warnings": ",".join(sorted(noted))} if noted else {}
         seeds = {"x-tarflow-seed": str(parameters["seed"])} if parameters.get("seed") is not None else {}
-        return await picture(
-            result, file_format, {"x-tarflow-model": model.name, "x-tarflow-job": job.id, **seeds, **notes}
-        )
+        exactness = certificate_headers(result, parameters.get("tolerance"))
+        headers = {"x-tarflow-model": model.name, "x-tarflow-job": job.id, **seeds, **exactness, **notes}
+        return await picture(result, file_format, headers, denoised=bool(parameters.get("denoise")))
     return ImagesResponse(
         id=job.id,
         model=model.name,
-        images=await image_results(result, output_format, details),
+        images=await image_results(result, output_format, details, parameters.get("tolerance")),
+        plan=list(result.plan) or None,
         parameters={**parameters, "output_format": output_format},
         timing=timing,
     )
@@ -109,7 +89,7 @@ async def sample(body: SampleRequest, context: ContextDependency) -> Response | 
     check_count(body.num_images, "num_images", context.settings)
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
-    options = _options(model, body, label)
+    used, cost = asked(model, body, label)
     seed = secrets.randbelow(2**32) if body.seed is None else body.seed
     if seed + body.num_images - 1 > MAX_SEED:
         raise InvalidRequest(
@@ -117,10 +97,10 @@ async def sample(body: SampleRequest, context: ContextDependency) -> Response | 
             param="seed",
         )
     seeds = list(range(seed, seed + body.num_images))
-    payload = {"seeds": seeds, "label": label, "options": options.to_dict()}
-    job = new_job(model, Op.SAMPLE, payload, body.num_images, _passes(options))
+    payload = {"seeds": seeds, "label": label, **used}
+    job = new_job(model, Op.SAMPLE, payload, body.num_images, cost)
     name = class_name(model, label)
-    parameters = {"class": name, "num_images": body.num_images, "seed": seed, **options.to_dict()}
+    parameters = {"class": name, "num_images": body.num_images, "seed": seed, **_shown(used)}
     details = [{"seed": s, "class": name} for s in seeds]
     return await _respond(context, model, job, body.output_format, details=details, parameters=parameters)
 
@@ -133,15 +113,15 @@ async def decode(body: DecodeRequest, context: ContextDependency) -> Response | 
     """
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
-    exact = body.model_copy(update={"guidance_scale": body.guidance_scale or 0.0, "denoise": bool(body.denoise)})
-    options = _options(model, exact, label)
+    exact = {"guidance_scale": body.guidance_scale or 0.0, "denoise": bool(body.denoise)}
+    used, cost = asked(model, body, label, **exact)
     check_count(len(body.latents), "latents", context.settings)
     latents = np.stack([read_latent(value, i, model) for i, value in enumerate(body.latents)])
-    payload = {"latents": latents, "label": label, "options": options.to_dict()}
-    job = new_job(model, Op.DECODE, payload, len(latents), _passes(options))
+    payload = {"latents": latents, "label": label, **used}
+    job = new_job(model, Op.DECODE, payload, len(latents), cost)
     name = class_name(model, label)
     details = [{"class": name} for _ in body.latents]
-    parameters = {"class": name, **options.to_dict()}
+    parameters = {"class": name, **_shown(used)}
     return await _respond(context, model, job, body.output_format, details=details, parameters=parameters)
 
 
@@ -152,7 +132,7 @@ async def denoise(request: Request, context: ContextDependency) -> Response | Im
     """Remove noise of the model's training strength from images: x + σ²∇log p(x)."""
     body, uploads = await read_images(request, DenoiseRequest, context.settings)
     model = await context.model(body.model)
-    _check_can_denoise(model)
+    check_can_denoise(model)
     label = resolve_class(model, body.class_)
     await context.broker.check(model.name, cost_of(model, len(uploads), DENOISE_PASSES))
     inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag
 from pydantic.config import JsonDict
 
-from model.config import MAX_SEED, GuidanceSchedule
+from model.config import (
+    MAX_SEED,
+    GuidanceRule,
+    GuidanceSchedule,
+    GuidanceTarget,
+    Precision,
+    Solver,
+    SolverOptions,
+)
 
 OutputFormat = Literal["png", "jpeg", "webp", "npy"]
 
@@ -19,6 +27,7 @@ LONGEST_AXIS = 65_536
 MOST_ITEMS = 4096
 """Length at which a list is refused unread; the settings allow fewer. Lists stop at their first error: a
 body of millions of wrong values must not become millions of error records."""
+BlockNumber = Annotated[StrictInt, Field(ge=0, le=LONGEST_AXIS)]
 Seed = Annotated[StrictInt, Field(ge=0, le=MAX_SEED)]
 ClassField = Annotated[
     StrictStr | StrictInt | None,
@@ -36,25 +45,58 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
 
 
-class Guidance(_Strict):
+class SamplerFields(_Strict):
     """Parameters of the sampler; what is absent comes from the bundle's recommendation."""
 
     guidance_scale: Annotated[Number, Field(ge=0, le=100)] | None = Field(
         None, description="Guidance weight w; 0 turns guidance off."
     )
+    guidance_rule: GuidanceRule | None = Field(
+        None, description="linear (TarFlow: v + w(v − v_u)), or closed_form (STARFlow: as for a product of Gaussians)."
+    )
     guidance_schedule: GuidanceSchedule | None = Field(
-        None, description="constant, or linear: the weight grows along the patches (the paper's annealing)."
+        None,
+        description="How the weight grows along the patches: constant, linear (the paper's annealing) or cosine.",
+    )
+    guidance_target: GuidanceTarget | None = Field(
+        None, description="What the linear rule guides: both, scale (α) or shift (μ); the closed form guides both."
+    )
+    guidance_window: Annotated[list[BlockNumber], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="Guided blocks, [start, stop) in the order of sampling, where block 0 is next to the noise; "
+        "null for all.",
     )
     attention_temperature: Annotated[Number, Field(ge=0.01, le=100)] | None = Field(
         None, description="τ of the pass that guidance compares with; below 1 it guides without classes too."
     )
     denoise: StrictBool | None = Field(None, description="Denoise with Tweedie's formula (Gaussian-noise models).")
+    solver: Solver = Field(
+        SolverOptions.solver,
+        description="How the blocks are inverted: sequential (patch by patch), jacobi (fixed-point iterations), or "
+        "auto: what is fastest here. Each gives the same image within the tolerance.",
+    )
+    tolerance: Annotated[Number, Field(ge=1e-6, le=1)] = Field(
+        SolverOptions.tolerance,
+        description="Largest backward error of a certified image; one above it is done again sequentially in float32.",
+    )
+    precision: Precision = Field(
+        SolverOptions.precision,
+        description="float32, or bf16: drafts with bfloat16 weights, polished in float32 unless certify is false. "
+        "On a CPU bf16 works but is slow.",
+    )
+    certify: StrictBool | None = Field(
+        SolverOptions.certify,
+        description="true: a certificate for every image; false: nothing is polished or done again for missing the "
+        "tolerance; null: certificates where an iteration or low precision needs them, none for sequential float32 "
+        "decoding, which is exact but for rounding.",
+    )
+    trajectory: StrictBool = Field(False, description="Also return the images after each block.")
     output_format: OutputFormat | None = Field(
         None, description="png (default), jpeg, webp (lossless), or npy: the float image before rounding."
     )
 
 
-class SampleRequest(Guidance):
+class SampleRequest(SamplerFields):
     """Draw images."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"class": "Sneaker", "num_images": 2, "seed": 7}]})
@@ -89,7 +131,7 @@ Latent = Annotated[Annotated[TensorValue, Tag("compact")] | Annotated[Rows, Tag(
 _ZEROS: JsonDict = {"shape": [49, 16], "b64": base64.b64encode(bytes(4 * 49 * 16)).decode()}
 
 
-class DecodeRequest(Guidance):
+class DecodeRequest(SamplerFields):
     """Turn latents into images."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"class": "Sneaker", "latents": [_ZEROS]}]})
@@ -160,6 +202,26 @@ class ImageResult(BaseModel):
     class_: str | None = Field(None, alias="class")
     format: OutputFormat
     b64: str = Field(description="The image file (or .npy array, float32 (C, H, W) in [-1, 1]) in base64.")
+    backward_error: float | None = Field(
+        None,
+        description="The certificate: max|z' − z| between the noise z the image was to be drawn from and the noise z' "
+        "that it is the exact image of, in standard deviations. It is about the float sample before denoising and "
+        "rounding. null without a certificate, and for a sample that is not finite.",
+    )
+    certified: bool | None = Field(
+        None,
+        description="Whether backward_error is at most the tolerance; null where no certificate was asked for, because "
+        "sequential float32 decoding is exact but for rounding.",
+    )
+    redone: Literal["tolerance", "non_finite"] | None = Field(
+        None, description="Why the image was done again, sequentially in float32; null when it was not."
+    )
+    trajectory: list[str] | None = Field(
+        None,
+        description="Where asked for, one image in base64 after each block in the order of sampling, in the same "
+        "format as b64; the last is the sample before denoising. States are not confined to [-1, 1]: pictures clip "
+        "them as they clip the image, npy holds the values.",
+    )
     warnings: list[Notice] = []
 
 
@@ -170,6 +232,11 @@ class ImagesResponse(BaseModel):
     id: str
     model: str
     images: list[ImageResult]
+    plan: list[str] | None = Field(
+        None,
+        description="How each block was inverted, in the order of sampling: sequential, or jacobi/N with N patches "
+        "solved together (with bf16, that of the draft); null for /v1/denoise.",
+    )
     parameters: dict[str, Any] = Field(description="Every parameter as it was used.")
     timing: Timing
 

@@ -49,7 +49,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(options.threads)
     try:
-        models = load_models(options.models, resolve_device(options.device))
+        models = load_models(options.models, resolve_device(options.device), options.batch_rows)
     except (BundleError, OSError, ValueError, RuntimeError) as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE

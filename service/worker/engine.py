@@ -157,7 +157,7 @@ class Engine:
             if results:
                 self._observe_batch([job for job, _ in results], cohort.seconds)
             for job, arrays in results:
-                self._deliver(job, arrays, cohort.seconds)
+                self._deliver(job, arrays, cohort.seconds, plan=cohort.plan.describe() if cohort.plan else ())
 
     # Outcomes.
 
@@ -174,12 +174,15 @@ class Engine:
         self._metrics.inference.labels(**labels).observe(seconds)
         self._metrics.batch.labels(**labels).observe(sum(job.rows for job in jobs))
 
-    def _deliver(self, job: Job, arrays: Arrays, seconds: float) -> None:
+    def _deliver(self, job: Job, arrays: Arrays, seconds: float, plan: Sequence[str] = ()) -> None:
         labels = {"model": job.model, "op": str(job.op)}
         self._metrics.images.labels(**labels).inc(job.rows)
         if "finite" in arrays:
             self._metrics.nonfinite.labels(**labels).inc(int((arrays["finite"] == 0).sum()))
         for bits in arrays.get("bits_per_dim", ()):
             self._metrics.bits.labels(model=job.model).observe(float(bits))
-        if not self._broker.complete(job, JobResult(arrays=arrays, inference_seconds=seconds)):
+        if plan:
+            tolerance = float(job.payload["solver"]["tolerance"])
+            self._metrics.observe_sampling(job.model, plan, tolerance, arrays)
+        if not self._broker.complete(job, JobResult(arrays=arrays, inference_seconds=seconds, plan=plan)):
             log.info("the result of %s was not wanted any more", job.id)

@@ -1,22 +1,26 @@
-"""Bundles in memory: loaded, warmed up, ready for batches."""
+"""Bundles in memory: loaded, measured, warmed up, ready for batches."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from model.bundle import find_bundles
+from model.bundle import Bundle, find_bundles
 from model.config import NoiseProtocol, SamplingDefaults
-from model.denoise import denoise
+from model.denoise import ROWS_PER_SLICE, denoise
 from model.flow import Flow
 from model.likelihood import log_likelihood
 from model.noise import latents
-from model.sampling.rows import make_rows
-from model.sampling.sequential import decode
+from model.sampling.costs import measure_costs
+from model.sampling.plan import CostProfile
+from model.sampling.rows import Progress, make_rows
+from model.sampling.sampler import SLICE_SECONDS, Sampler
 from model.weights import load_flow
 from service.jobs import ModelInfo
 
@@ -24,37 +28,91 @@ log = logging.getLogger(__name__)
 WARM_UP_SLICES = 8
 PASS_FLOPS = {"cpu": 30 * 10**9, "cuda": 10 * 10**12}
 """Work of one parallel pass: about a second on two slow cores, some tens of milliseconds on a GPU."""
+MOST_SLICE_ROWS = {"cpu": ROWS_PER_SLICE, "cuda": 64}
+"""Most images in a slice of parallel passes: on a CPU a slice should stay short; a GPU wants rows."""
+GUIDED_PASSES = 2
+DENOISE_PASSES = 3
+"""A block of denoising is about as long as so many passes of it: again, and backward."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A flow on its device, with what the service needs to know of it."""
+    """A flow with its sampler on its device, and what the service needs to know of it."""
 
     info: ModelInfo
-    flow: Flow
+    sampler: Sampler
     device: torch.device
 
-    def pass_rows(self, most: int) -> int:
-        """Images in one parallel pass: up to ``most``, fewer for a large model, so that no pass takes long."""
-        budget = PASS_FLOPS[self.device.type]
-        return max(1, min(most, budget // self.flow.config.flops_per_image))
+    @classmethod
+    def load(cls, bundle: Bundle, device: torch.device) -> LoadedModel:
+        """The weights in memory; nothing is measured yet. Raises a ``BundleError``."""
+        model = cls(ModelInfo.of(bundle), Sampler(load_flow(bundle, device), bundle.convergence), device)
+        model.sampler.rows_per_pass = model.slice_rows(GUIDED_PASSES)
+        return model
+
+    @property
+    def flow(self) -> Flow:
+        """The network."""
+        return self.sampler.flow
 
     @property
     def noise(self) -> NoiseProtocol:
         """Noise protocol of training and scoring."""
         return self.info.noise
 
+    def pass_rows(self, most: int) -> int:
+        """Images in one parallel pass: up to ``most``, fewer for a large model, so that no pass takes long."""
+        budget = PASS_FLOPS[self.device.type]
+        return max(1, min(most, budget // self.flow.config.flops_per_image))
 
-def load_models(directory: Path, device: torch.device) -> dict[str, LoadedModel]:
-    """Load and warm up every bundle in a directory, by name; raises a ``BundleError``."""
+    def slice_rows(self, passes: int) -> int:
+        """Images in a slice that takes a block's parallel pass ``passes`` times, so that it keeps to its time."""
+        rows, costs = self.pass_rows(MOST_SLICE_ROWS[self.device.type]), self.sampler.costs
+        if costs is not None:
+            patches = self.flow.config.num_patches
+            while rows > 1 and costs.seconds(passes * rows, patches) > SLICE_SECONDS:
+                rows -= 1
+        return rows
+
+    def measure(self, most_rows: int) -> None:
+        """Measure what passes cost here, for batches of up to ``most_rows`` images with guidance."""
+        self.sampler.costs = measure_costs(self.sampler.kernel, GUIDED_PASSES * most_rows, self.sampler.graphs)
+        self.sampler.rows_per_pass = self.slice_rows(GUIDED_PASSES)
+
+
+def load_models(directory: Path, device: torch.device, batch_rows: int) -> dict[str, LoadedModel]:
+    """Load, measure and warm up every bundle in a directory, by name; raises a ``BundleError``.
+
+    ``batch_rows`` is the most images in a batch.
+    """
     models = {}
     for bundle in find_bundles(directory):
         start = time.monotonic()
-        model = LoadedModel(ModelInfo.of(bundle), load_flow(bundle, device), device)
+        model = LoadedModel.load(bundle, device)
         warm_up(model)
+        model.measure(batch_rows)
         models[bundle.name] = model
-        log.info("model %s is warm on %s after %.1f s", bundle.name, device, time.monotonic() - start)
+        log.info(
+            "model %s is warm on %s after %.1f s; %s; %s",
+            bundle.name,
+            device,
+            time.monotonic() - start,
+            "tuned" if bundle.convergence else "not tuned, so that solver auto is sequential",
+            describe(model.sampler.costs),
+        )
     return models
+
+
+def describe(costs: CostProfile | None) -> str:
+    """What passes cost, in a line: the shortest and the longest of a single patch and of a whole sequence."""
+    if costs is None:
+        return "nothing was measured"
+    parts = []
+    for patches in sorted({min(c.patches for c in costs.costs), max(c.patches for c in costs.costs)}):
+        known = sorted((c for c in costs.costs if c.patches == patches), key=lambda c: c.rows)
+        shown = " to ".join(f"{1000 * c.seconds:.1f} ms for {c.rows}" for c in (known[0], known[-1]))
+        parts.append(f"a pass of {patches} patches takes {shown} rows with {known[-1].threads} threads")
+    return ", ".join(parts)
 
 
 def warm_up(model: LoadedModel) -> None:
@@ -66,7 +124,8 @@ def warm_up(model: LoadedModel) -> None:
     latent = latents([0], config.num_patches, config.patch_dim).to(model.device)
     label = 0 if config.num_classes else None
     options = SamplingDefaults(guidance_scale=1.0, attention_temperature=0.5)
-    slices = [decode(model.flow, make_rows(latent, [label], [options]))]
+    slices: list[Generator[Progress, Tensor | None, object]] = []
+    slices.append(model.sampler.decode(make_rows(latent, [label], [options])))
     if model.noise.kind == "gaussian":
         slices.append(denoise(model.flow, latent, None, model.noise.std))
     for generator in slices:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from service.jobs import REDONE, is_certified
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1, 3, 10, 30, 120, 480, 1920, 7680)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ERRORS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
+PASSES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 BITS = (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 10, 12)
 
 
@@ -42,7 +49,46 @@ class WorkerMetrics:
             registry=self.registry,
             buckets=BITS,
         )
+        self.errors = Histogram(
+            "tarflow_backward_error",
+            "Finite backward errors of images, in standard deviations of the latents",
+            ("model",),
+            registry=own,
+            buckets=ERRORS,
+        )
+        self.certificates = Counter(
+            "tarflow_certificates", "Certificates of images by outcome", ("model", "outcome"), registry=own
+        )
+        self.redone = Counter(
+            "tarflow_redone_images", "Images decoded again, sequentially in float32", ("model", "reason"), registry=own
+        )
+        self.passes = Histogram(
+            "tarflow_solver_passes",
+            "Network passes that an image took part in, over all blocks",
+            ("model",),
+            registry=own,
+            buckets=PASSES,
+        )
+        self.plans = Counter(
+            "tarflow_sampled_images", "Sampled and decoded images by kind of plan", ("model", "plan"), registry=own
+        )
         self.memory = Gauge("tarflow_device_memory_bytes", "Memory held on the device", ("device",), registry=own)
+
+    def observe_sampling(
+        self, model: str, plan: Sequence[str], tolerance: float, arrays: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Count one job's sampled or decoded images: arrays as the cohort makes them."""
+        self.plans.labels(model=model, plan=plan_kind(plan)).inc(len(arrays["passes"]))
+        for passes in arrays["passes"]:
+            self.passes.labels(model=model).observe(int(passes))
+        for reason in filter(None, (REDONE[code] for code in arrays["redone"])):
+            self.redone.labels(model=model, reason=reason).inc()
+        for error in map(float, arrays["backward_error"]):
+            certified = is_certified(error, tolerance)
+            if certified is not None:
+                self.certificates.labels(model=model, outcome="certified" if certified else "missed").inc()
+            if math.isfinite(error):  # a single infinity would be in the sum for ever
+                self.errors.labels(model=model).observe(error)
 
     def snapshot(self) -> list[dict[str, Any]]:
         """All samples as plain data, each with a ``worker`` label."""
@@ -55,3 +101,9 @@ class WorkerMetrics:
             }
             for metric in self.registry.collect()
         ]
+
+
+def plan_kind(plan: Sequence[str]) -> str:
+    """``sequential``, ``jacobi``, or ``mixed``, of a plan's words for each block."""
+    sequential = [word == "sequential" for word in plan]
+    return "sequential" if all(sequential) else "mixed" if any(sequential) else "jacobi"

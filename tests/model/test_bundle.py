@@ -257,7 +257,7 @@ class TestDamaged:
 
     def test_sampler_that_denoises_a_uniform_noise_model(self, flow: Flow, tmp_path: Path) -> None:
         config = bundle_config(flow, noise=NoiseProtocol(kind="uniform"))
-        with pytest.raises(BundleDamaged, match="denoise: got true"):
+        with pytest.raises(BundleDamaged, match="denoise: got True"):
             write_bundle(tmp_path / "x", config, flow, SAMPLING, "")
 
     def test_a_directory_in_place_of_a_file(self, bundle: Bundle) -> None:

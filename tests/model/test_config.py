@@ -26,8 +26,10 @@ GAUSSIAN: dict[str, Any] = {"kind": "gaussian", "std": 0.1}
 UNIFORM: dict[str, Any] = {"kind": "uniform", "std": 0.0}
 SAMPLING: dict[str, Any] = {
     "guidance_scale": 1.5,
+    "guidance_rule": "linear",
     "guidance_schedule": "linear",
     "guidance_target": "both",
+    "guidance_window": [0, 2],
     "attention_temperature": 0.5,
     "denoise": True,
 }
@@ -52,7 +54,10 @@ INVALID: list[tuple[type[Record], dict[str, Any], str, Any, str]] = [
     *((NoiseProtocol, GAUSSIAN, "std", value, "(0, 2)") for value in (0, 2, -0.1, *NOT_NUMBERS)),
     *((NoiseProtocol, UNIFORM, "std", value, "0 when") for value in (0.1, *NOT_NUMBERS)),
     *((SamplingDefaults, SAMPLING, "guidance_scale", value, "[0, 100]") for value in (-0.1, 101, *NOT_NUMBERS)),
-    *((SamplingDefaults, SAMPLING, "guidance_schedule", value, "constant or linear") for value in ("cosine", None, 1)),
+    *(
+        (SamplingDefaults, SAMPLING, "guidance_schedule", value, "constant, linear, cosine")
+        for value in ("square", None, 1)
+    ),
     *((SamplingDefaults, SAMPLING, "guidance_target", value, "both, scale, shift") for value in ("mean", None, [])),
     *(
         (SamplingDefaults, SAMPLING, "attention_temperature", value, "[0.01, 100]")

@@ -22,7 +22,7 @@ from model.flow import Flow
 from model.likelihood import encode, log_likelihood, patch_terms
 from model.official import read_checkpoint, to_flow
 from model.sampling.rows import finish, make_rows
-from model.sampling.sequential import decode
+from model.sampling.sampler import Sampler
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 NAMES = ("tiny_cond", "tiny_uncond", "tiny_uncond_vp")
@@ -90,7 +90,7 @@ def compute(name: str, key: str, flow: Flow, stored: dict[str, Tensor]) -> tuple
         labels, options = reverse_options(key, given)
         rows = make_rows(stored["noise"], labels, [options] * len(labels))
         tolerance = GUIDED if options.guidance_scale else EXACT
-        return flow.unpatchify(finish(decode(flow, rows))), tolerance
+        return flow.unpatchify(finish(Sampler(flow).decode(rows)).x_BTD), tolerance
     assert key == "denoised", f"no rule for {key}"
     if flow.config.volume_preserving:
         # The official program denoises with a standard normal prior also for this variant.

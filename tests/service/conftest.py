@@ -9,8 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model.bundle import BUNDLED
-from model.config import NoiseProtocol
+from model.bundle import BUNDLED, read_bundle
+from model.config import FlowConfig, NoiseProtocol
+from model.sampling.plan import BlockConvergence, ConvergenceProfile, segment_lengths
+from model.weights import update_bundle
 from service.local import import_checkpoint
 from tests.service.processes import ServerProcess
 
@@ -33,9 +35,18 @@ def reference() -> Path:
     return REFERENCE
 
 
+def convergence(flow: FlowConfig) -> ConvergenceProfile:
+    """A profile such as tuning gives, which lets solver auto iterate where it pays."""
+    active = {str(n): (1.0, 1.0, 0.5) for n in segment_lengths(flow.num_patches)}
+    block = BlockConvergence(crm=1 / flow.num_blocks, igm_latent=1.0, igm_zeros=2.0, active=active)
+    return ConvergenceProfile(
+        blocks=(block,) * flow.num_blocks, gain=8.0, floor=2e-5, tolerance=1e-3, num_images=8, guidance={}
+    )
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundles: fashion-mnist, tiny-cond, tiny-uncond, tiny-uniform and tiny-vp."""
+    """Bundles: fashion-mnist, tiny-cond, tiny-uncond, tiny-uniform and tiny-vp; the first and the last are tuned."""
     directory = tmp_path_factory.mktemp("models")
     shutil.copytree(BUNDLED / "fashion-mnist", directory / "fashion-mnist")
     gaussian = NoiseProtocol(kind="gaussian", std=0.05)
@@ -46,6 +57,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tiny-vp", "tiny_uncond_vp", gaussian, None),
     ):
         import_checkpoint(REFERENCE / f"{checkpoint}.pth", directory / name, noise, name=name, class_names=classes)
+    for name in ("fashion-mnist", "tiny-vp"):
+        bundle = read_bundle(directory / name)
+        if bundle.convergence is None:
+            update_bundle(bundle, convergence=convergence(bundle.config.flow))
     return directory
 
 

@@ -154,9 +154,34 @@ def test_sample_takes_the_bundled_model_by_name(client: httpx.Client, tmp_path: 
     assert json.dumps(recommended) in result.stdout
 
 
+def test_sample_solves_as_it_is_told(client: httpx.Client, models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    body = {"model": "tiny-cond", "class": "fox", "num_images": 2, "guidance_scale": 1.5, "guidance_window": [0, 2]}
+    body |= {"guidance_rule": "closed_form", "solver": "jacobi", "tolerance": 0.01, "trajectory": True, "seed": 0}
+    command = ["sample", out, "--model", models / "tiny-cond", "--class", "fox", "--num", "2", "--trajectory"]
+    flags = ["--guidance-scale", "1.5", "--guidance-window", "0", "2", "--guidance-rule", "closed_form"]
+    result = run(*command, *flags, "--solver", "jacobi", "--tolerance", "0.01")
+    assert result.exit_code == 0, result.output
+    assert "blocks solved jacobi/15, jacobi/15, jacobi/15; largest backward error" in result.stdout
+    assert "certified within 0.01" in result.stdout
+    response = client.post("/v1/sample", json=body, headers={"accept": "image/png"})
+    assert np.abs(opened(out.read_bytes()).astype(int) - opened(response.content)).max() <= 2
+
+
+def test_sample_says_whether_there_is_a_certificate(models: Path, tmp_path: Path) -> None:
+    command = ["sample", tmp_path / "out.png", "--model", models / "tiny-vp", "--solver", "sequential"]
+    assert "exact but for rounding" in run(*command).stdout
+    assert "certified within 0.001" in run(*command, "--certify").stdout
+    # A tuned model's passes are measured, and its plan is chosen.
+    assert "blocks solved" in run(*command[:-1], "auto").stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--tolerance", "2"], ["tolerance", "2"]),
+        (["--guidance-window", "0", "9"], ["guidance_window", "(0, 9)"]),
+        (["--guidance-rule", "closed_form", "--guidance-target", "scale"], ["guidance_target", "scale"]),
         (["--model", "/nowhere"], ["/nowhere"]),
         (["--class", "sneakers"], ["class", "'Sneaker'"]),
         (["--guidance-scale", "-1"], ["guidance_scale", "-1"]),

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from model.bundle import BUNDLED, read_bundle
@@ -18,6 +20,8 @@ from model.weights import load_flow
 from training.card import evaluation_section
 from training.checkpoint import FILE_NAME, load_checkpoint
 from training.cli import app
+from training.data import Images
+from training.features import EXTRACTORS, Extractor
 from training.log import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +136,52 @@ def test_two_bundles_are_compared(preset_file: Path, idx_data: Path, tmp_path: P
     assert len(document["evaluations"]) == 2
     low, high = document["paired_differences"][0]["difference"]["interval_95"]
     assert low < high
+
+
+@pytest.fixture
+def many_images(tmp_path: Path, make_images: Callable[..., Images], write_idx: Callable[..., Path]) -> Path:
+    """Data with a test split for a covariance of 64 features."""
+    write_idx(tmp_path / "many", make_images())
+    return write_idx(tmp_path / "many", make_images(160, seed=1), "t10k")
+
+
+def test_a_sweep_writes_table_document_and_sheet_and_saves_the_best(
+    preset_file: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = Extractor(name="pixels", num_features=64, extract=lambda pixels: pixels.float().flatten(1))
+    monkeypatch.setitem(EXTRACTORS, "efficientnet-lite0", lambda device: pixels)
+    bundle, out = tmp_path / "run" / "bundle", tmp_path / "sweep"
+    invoke("train", preset_file, "--data", many_images, "--out", bundle.parent, "--epochs", 1)
+    before = read_bundle(bundle)
+    axes = ("--scales", "2,4", "--schedules", "linear", "--rules", "linear", "--num-samples", 128)
+    command = ("sweep", bundle, "--data", many_images, "--out", out, *axes, "--confirm-samples", 128)
+    text, _ = invoke(*command)
+    # No guidance, 2 scales at 2 temperatures, and given a class what the bundle recommends.
+    assert [text.count(f"| {mode} ") for mode in ("conditional", "unconditional")] == [6, 5]
+    assert "written to" in text
+    assert (out / "sweep.md").read_text() in text
+    assert read_bundle(bundle).sampling == before.sampling
+    with Image.open(out / "sweep.png") as sheet:
+        assert sheet.height > 6 * 48
+    options = ("--conditional", "--confirm-samples", 0, "--save", "conditional", "--json")
+    stdout, stderr = invoke(*command, *options)
+    document = json.loads(stdout)
+    assert document == json.loads((out / "sweep.json").read_text())
+    assert list(document["modes"]) == ["conditional"]
+    after = read_bundle(bundle)
+    assert after.sampling.to_dict() == document["modes"]["conditional"]["best"]
+    assert after.model_id == before.model_id
+    assert "now recommends" in stderr
+
+    for arguments, expected in [
+        (("--save", "unconditional", "--conditional"), "save: got 'unconditional', allowed is"),
+        (("--scales", "strong"), "scales: got 'strong'"),
+        (("--num-samples", 100), "num_samples: got 100, allowed is an integer >= 128"),
+        (("--split", "train"), "components: got 64, allowed is 1 to 43 for 44 real images"),
+    ]:
+        _, stderr = invoke(*command, *arguments, status=2)
+        assert expected in stderr
+        assert len(stderr.splitlines()) == 1
 
 
 def test_a_user_s_mistake_is_one_line_and_status_2(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ def test_a_description_is_that_of_the_bundle(client: httpx.Client, models: Path)
     assert body["recommended"] == bundle.sampling.to_dict()
     assert body["card"] == bundle.card
     assert body["training"]["layout"] == "apple/ml-tarflow"
+    assert body["convergence"] == {"tuned": False}
+
+
+def test_a_tuned_model_says_how_it_converges(client: httpx.Client, models: Path) -> None:
+    profile = read_bundle(models / "tiny-vp").convergence
+    assert profile is not None
+    expected = {"tuned": True, "gain": profile.gain, "floor": profile.floor, "tolerance": profile.tolerance}
+    assert client.get("/v1/models/tiny-vp").json()["convergence"] == expected
 
 
 def test_every_model_can_be_described(client: httpx.Client) -> None:

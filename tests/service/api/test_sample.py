@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from model.config import MAX_SEED
+from model.config import MAX_SEED, SolverOptions
 from tests.service.pictures import answered, array, opened
 
 COND: dict[str, Any] = {"model": "tiny-cond", "seed": 5}
@@ -34,16 +34,24 @@ def test_the_answer_says_everything(client: httpx.Client) -> None:
 
 def test_unset_parameters_are_those_the_bundle_recommends(client: httpx.Client) -> None:
     recommended = client.get("/v1/models/fashion-mnist").json()["recommended"]
+    solver = {**SolverOptions().to_dict(), "trajectory": False}
     used = sample(client, seed=1, **{"class": "Bag"}).json()["parameters"]
-    assert used == {**recommended, "class": "Bag", "num_images": 1, "seed": 1, "output_format": "png"}
+    assert used == {**recommended, **solver, "class": "Bag", "num_images": 1, "seed": 1, "output_format": "png"}
     changes = {
         "guidance_scale": 0.25,
-        "guidance_schedule": "linear",
+        "guidance_schedule": "cosine",
+        "guidance_target": "shift",
+        "guidance_window": [0, 3],
         "attention_temperature": 0.5,
         "denoise": not recommended["denoise"],
+        "solver": "jacobi",
+        "tolerance": 0.01,
+        "certify": False,
     }
     used = sample(client, seed=1, **changes, output_format="webp").json()["parameters"]
-    assert used == {**recommended, **changes, "class": None, "num_images": 1, "seed": 1, "output_format": "webp"}
+    common = {"class": None, "num_images": 1, "seed": 1, "output_format": "webp"}
+    # To guide the shift alone is of the linear rule.
+    assert used == {**recommended, **solver, "guidance_rule": "linear", **changes, **common}
 
 
 def test_guidance_that_does_nothing_is_reported_as_none(client: httpx.Client) -> None:
@@ -201,7 +209,7 @@ def test_output_format_decides_between_equally_accepted_images(client: httpx.Cli
         ({"guidance_scale": 100.5}, "guidance_scale", "invalid_value"),
         ({"guidance_scale": 10**400}, "guidance_scale", "invalid_value"),
         ({"guidance_scale": True}, "guidance_scale", "invalid_value"),
-        ({"guidance_schedule": "cosine"}, "guidance_schedule", "invalid_value"),
+        ({"guidance_schedule": "square"}, "guidance_schedule", "invalid_value"),
         ({"attention_temperature": 0}, "attention_temperature", "invalid_value"),
         ({"attention_temperature": 101}, "attention_temperature", "invalid_value"),
         ({"denoise": "yes"}, "denoise", "invalid_value"),

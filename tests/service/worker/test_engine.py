@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from model.bundle import read_bundle
-from model.weights import load_flow
+from model.config import SolverOptions
 from service.broker.memory import MemoryBroker
 from service.broker.socket import BrokerServer, SocketWorkerBroker
 from service.errors import InternalError
-from service.jobs import Job, ModelInfo, Op, WorkerInfo
+from service.jobs import Job, Op, WorkerInfo
 from service.worker.engine import Engine
 from service.worker.loading import LoadedModel
 from service.worker.metrics import WorkerMetrics
@@ -45,8 +45,7 @@ async def bench(models: Path, tmp_path: Path) -> AsyncIterator[Bench]:
     broker = MemoryBroker(max_queue_cost=1000, lease_seconds=LEASE, ready_seconds=60, max_attempts=3)
     server = BrokerServer(broker, tmp_path / "socket", sweep_seconds=0.05)
     await server.start()
-    bundle = read_bundle(models / "tiny-vp")
-    model = LoadedModel(ModelInfo.of(bundle), load_flow(bundle), torch.device("cpu"))
+    model = LoadedModel.load(read_bundle(models / "tiny-vp"), torch.device("cpu"))
     face = await asyncio.to_thread(SocketWorkerBroker, tmp_path / "socket")
     await asyncio.to_thread(face.register, WorkerInfo(id="w", device="cpu", models=(model.info,)))
     metrics = WorkerMetrics("w")
@@ -66,7 +65,13 @@ def score(job_id: str, size: int = 8, rows: int = 1, draws: int = 1) -> Job:
 
 def decode(job_id: str, patches: int = 16) -> Job:
     latents = np.zeros((1, patches, 4), np.float32)
-    payload = {"latents": latents, "label": None, "options": {"denoise": False}}
+    payload = {
+        "latents": latents,
+        "label": None,
+        "options": {"denoise": False},
+        "solver": SolverOptions().to_dict(),
+        "trajectory": False,
+    }
     return Job(id=job_id, op=Op.DECODE, model="tiny-vp", payload=payload, rows=1, cost=1)
 
 

@@ -11,16 +11,15 @@ import torch
 from model.bundle import read_bundle
 from model.config import FlowConfig
 from model.flow import Flow
-from model.weights import load_flow
-from service.jobs import Job, ModelInfo, Op
+from model.sampling.sampler import Sampler
+from service.jobs import Job, Op
 from service.worker.loading import LoadedModel
 from service.worker.scoring import encode_images, score
 
 
 @pytest.fixture(scope="module")
 def tiny(models: Path) -> LoadedModel:
-    bundle = read_bundle(models / "tiny-cond")
-    return LoadedModel(ModelInfo.of(bundle), load_flow(bundle), torch.device("cpu"))
+    return LoadedModel.load(read_bundle(models / "tiny-cond"), torch.device("cpu"))
 
 
 def job(op: Op, rows: int, draws: int, label: int | None) -> Job:
@@ -51,5 +50,5 @@ def test_passes_of_large_models_have_fewer_rows(tiny: LoadedModel) -> None:
     assert tiny.pass_rows(64) == 64
     large = FlowConfig(image_size=64, channels=3, patch_size=2, width=768, num_blocks=8, layers_per_block=8)
     with torch.device("meta"):
-        flow = Flow(large)
-    assert LoadedModel(tiny.info, flow, torch.device("cpu")).pass_rows(64) == 1
+        sampler = Sampler(Flow(large))
+    assert LoadedModel(tiny.info, sampler, torch.device("cpu")).pass_rows(64) == 1

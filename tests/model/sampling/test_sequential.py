@@ -14,7 +14,7 @@ from model.flow import NO_CLASS, Block, Flow
 from model.likelihood import encode
 from model.noise import latents
 from model.sampling.rows import Rows, finish, make_rows
-from model.sampling.sequential import decode
+from model.sampling.sampler import Sampler, Sampling
 
 MakeFlow = Callable[..., Flow]
 PLAIN = SamplingDefaults()
@@ -37,6 +37,10 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+def decode(flow: Flow, rows: Rows) -> Sampling:
+    return Sampler(flow).decode(rows)
+
+
 def mixed_rows(flow: Flow, count: int, first_seed: int = 0, dtype: torch.dtype = torch.float64) -> Rows:
     """Rows that differ in latent, class, guidance, schedule and temperature."""
     config = flow.config
@@ -56,10 +60,10 @@ def direct_block_inverse(block: Block, z_BTD: Tensor, row: Rows, index: int) -> 
         alpha, mu = block.affine(x_BTD, label)
         tempered = torch.full((1, 1, 1, 1), 1 / tau, dtype=z_BTD.dtype)
         other_alpha, other_mu = block.affine(x_BTD, torch.full_like(label, NO_CLASS), tempered)
-        weight = w * k / (num_patches - 1) if row.is_linear_B[index] else w
-        if row.guides_scale_B[index]:
+        weight = w * (k / (num_patches - 1) if row.schedule_B[index] == 1 else 1)
+        if row.target_B2[index, 0]:
             alpha = alpha + weight * (alpha - other_alpha)
-        if row.guides_shift_B[index]:
+        if row.target_B2[index, 1]:
             mu = mu + weight * (mu - other_mu)
         x_BTD[:, k] = z_BTD[:, k] * torch.exp(alpha[:, k]) + mu[:, k]
     return x_BTD.flip(1) if block.reverse else x_BTD
@@ -84,7 +88,7 @@ def test_decode_inverts_encode(make_flow: MakeFlow, variant: dict[str, Any]) -> 
     y = torch.tensor([NO_CLASS if label is None else label for label in labels])
     u_BTD, _ = encode(flow, x_BTD, y)
     assert (u_BTD - x_BTD).abs().max() > 0.1
-    back = finish(decode(flow, make_rows(u_BTD, labels, [PLAIN] * 4)))
+    back = finish(decode(flow, make_rows(u_BTD, labels, [PLAIN] * 4))).x_BTD
     assert back.dtype == torch.float64
     assert (back - x_BTD).abs().max() < 1e-9
     again, _ = encode(flow, back, y)
@@ -95,7 +99,7 @@ def test_decode_inverts_encode(make_flow: MakeFlow, variant: dict[str, Any]) -> 
 def test_cached_decode_is_the_uncached_inverse(make_flow: MakeFlow, variant: dict[str, Any]) -> None:
     flow = make_flow(**variant)
     rows = mixed_rows(flow, 14)
-    assert (finish(decode(flow, rows)) - direct_decode(flow, rows)).abs().max() < 1e-9
+    assert (finish(decode(flow, rows)).x_BTD - direct_decode(flow, rows)).abs().max() < 1e-9
 
 
 def test_unguided_decode_is_the_fixed_point_of_parallel_passes(make_flow: MakeFlow) -> None:
@@ -110,13 +114,13 @@ def test_unguided_decode_is_the_fixed_point_of_parallel_passes(make_flow: MakeFl
             alpha, mu = block.affine(x_BTD, rows.label_B)
             x_BTD = z_BTD * alpha.exp() + mu
         x_BTD = block.in_block_order(x_BTD)
-    assert (finish(decode(flow, rows)) - x_BTD).abs().max() < 1e-9
+    assert (finish(decode(flow, rows)).x_BTD - x_BTD).abs().max() < 1e-9
 
 
 def test_every_option_changes_the_image(make_flow: MakeFlow) -> None:
     flow = make_flow()
     latent_BTD = latents([3] * len(OPTIONS), 16, 4).double()
-    decoded = finish(decode(flow, make_rows(latent_BTD, [1] * len(OPTIONS), OPTIONS)))
+    decoded = finish(decode(flow, make_rows(latent_BTD, [1] * len(OPTIONS), OPTIONS))).x_BTD
     distance = torch.cdist(decoded.flatten(1), decoded.flatten(1))
     assert (distance + torch.eye(len(OPTIONS)) > 1e-3).all()
 
@@ -126,8 +130,8 @@ def test_guidance_without_a_difference_changes_nothing(make_flow: MakeFlow) -> N
     flow = make_flow()
     latent_BTD = latents([3, 3], 16, 4).double()
     rows = make_rows(latent_BTD, [None, None], [PLAIN, SamplingDefaults(guidance_scale=3)])
-    assert len(rows.guided) == 0
-    decoded = finish(decode(flow, rows))
+    assert len(rows.guided(0)) == 0
+    decoded = finish(decode(flow, rows)).x_BTD
     assert torch.equal(decoded[0], decoded[1])
 
 
@@ -137,13 +141,13 @@ def test_a_row_does_not_depend_on_its_batch_mates(make_flow: MakeFlow, dtype: to
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     for special in range(len(OPTIONS)):
         alone = mixed_rows(flow, 1, special, dtype)
-        expected = finish(decode(flow, alone))
+        expected = finish(decode(flow, alone)).x_BTD
         for size, place in ((7, 3), (32, 0), (32, 31)):
             others = mixed_rows(flow, size, 1000 + special, dtype)
             batch = Rows(**{name: value.clone() for name, value in vars(others).items()})
             for name, value in vars(batch).items():
                 value[place] = getattr(alone, name)[0]
-            assert (finish(decode(flow, batch))[place] - expected[0]).abs().max() < tolerance
+            assert (finish(decode(flow, batch)).x_BTD[place] - expected[0]).abs().max() < tolerance
 
 
 def decode_dropping(flow: Flow, rows: Rows, drops: dict[int, Sequence[int]]) -> Tensor:
@@ -154,7 +158,7 @@ def decode_dropping(flow: Flow, rows: Rows, drops: dict[int, Sequence[int]]) -> 
         for number in range(10_000):
             slices.send(torch.tensor(drops[number], dtype=torch.long) if number in drops else None)
     except StopIteration as stop:
-        return stop.value
+        return stop.value.x_BTD
     raise AssertionError("the sampler does not end")
 
 
@@ -179,7 +183,7 @@ def test_rows_that_stay_are_as_without_drops(
     """Row 0 and 7 are plain, 3 and 7 have no class: subsets of guided rows, and other orders too."""
     flow = make_flow()
     rows = mixed_rows(flow, 8)
-    whole = finish(decode(flow, rows))
+    whole = finish(decode(flow, rows)).x_BTD
     survivors = decode_dropping(flow, rows, drops)
     assert survivors.shape == whole[kept].shape
     assert (survivors - whole[kept]).abs().max() < 1e-10
@@ -207,7 +211,7 @@ def test_grad_mode_is_the_callers_between_slices(make_flow: MakeFlow, mode: bool
         for _ in range(20):
             next(slices)
             assert torch.is_grad_enabled() is mode
-        assert not finish(slices).requires_grad
+        assert not finish(slices).x_BTD.requires_grad
 
 
 def test_decoding_leaves_its_inputs_alone(make_flow: MakeFlow) -> None:
@@ -222,19 +226,19 @@ def test_two_samplers_of_one_flow_may_be_in_flight(make_flow: MakeFlow) -> None:
     """The cache belongs to the sampler, not to the model."""
     flow = make_flow()
     first, second = mixed_rows(flow, 2), mixed_rows(flow, 3, 50)
-    expected = finish(decode(flow, first)), finish(decode(flow, second))
+    expected = finish(decode(flow, first)).x_BTD, finish(decode(flow, second)).x_BTD
     a, b = decode(flow, first), decode(flow, second)
     for _ in range(30):
         next(a)
         next(b)
-    assert torch.equal(finish(b), expected[1])
-    assert torch.equal(finish(a), expected[0])
+    assert torch.equal(finish(b).x_BTD, expected[1])
+    assert torch.equal(finish(a).x_BTD, expected[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bfloat16_weights_decode_to_float32(make_flow: MakeFlow, dtype: torch.dtype) -> None:
     flow = make_flow(dtype=torch.bfloat16)
-    decoded = finish(decode(flow, mixed_rows(flow, 2, dtype=dtype)))
+    decoded = finish(decode(flow, mixed_rows(flow, 2, dtype=dtype))).x_BTD
     assert decoded.dtype == torch.float32
-    exact = finish(decode(make_flow(), mixed_rows(make_flow(), 2)))
+    exact = finish(decode(make_flow(), mixed_rows(make_flow(), 2))).x_BTD
     assert (decoded - exact).square().mean() < 0.01

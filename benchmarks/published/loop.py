@@ -1,4 +1,4 @@
-"""Sampling the published way, as a baseline: the weak points that are known of it, on our weights.
+"""The official sampling loop, with the weak points that are known of it.
 
 Written from the description of the official program: keys and values are kept in lists that are
 concatenated anew for every patch in every layer, guidance takes a separate pass without class, and
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.published.guidance import Guidance, combine
 from model.flow import Block, Flow, Layer, at_least_float32
 
 Cache = list[tuple[list[Tensor], list[Tensor]]]
@@ -53,6 +54,22 @@ def _block_step(
     return alpha, mu
 
 
+def invert(block: Block, z_BTD: Tensor, y_B: Tensor | None, guidance: Guidance) -> Tensor:
+    """One block's x (B, T, D) from its z, both in the block's own order."""
+    num_patches = z_BTD.shape[1]
+    x_BTD = z_BTD.clone()
+    own: Cache = [([], []) for _ in block.layers]
+    other: Cache = [([], []) for _ in block.layers]
+    for index in range(num_patches - 1):
+        previous = x_BTD[:, index : index + 1]
+        alpha, mu = _block_step(block, previous, index, y_B, own)
+        if guidance.scale:
+            unguided = _block_step(block, previous, index, None, other, guidance.attention_temperature)
+            alpha, mu = combine((alpha, mu), unguided, guidance.weight(index + 1, num_patches))
+        x_BTD[:, index + 1] = x_BTD[:, index + 1] * alpha.exp() + mu
+    return x_BTD
+
+
 @torch.no_grad()
 def sample(
     flow: Flow,
@@ -63,19 +80,8 @@ def sample(
     attention_temperature: float = 1.0,
 ) -> Tensor:
     """Latents u to patches x (B, T, D), with one class, weight, schedule and temperature rule for all rows."""
-    num_patches = flow.config.num_patches
+    guidance = Guidance(guidance_scale, linear, attention_temperature)
     x_BTD = latent_BTD * flow.prior_variance.sqrt()
     for block in reversed(flow.blocks):
-        x_BTD = x_BTD.flip(1) if block.reverse else x_BTD.clone()
-        own: Cache = [([], []) for _ in block.layers]
-        other: Cache = [([], []) for _ in block.layers]
-        for index in range(num_patches - 1):
-            previous = x_BTD[:, index : index + 1]
-            alpha, mu = _block_step(block, previous, index, y_B, own)
-            if guidance_scale:
-                alpha_u, mu_u = _block_step(block, previous, index, None, other, attention_temperature)
-                weight = guidance_scale * (index + 1) / (num_patches - 1) if linear else guidance_scale
-                alpha, mu = alpha + weight * (alpha - alpha_u), mu + weight * (mu - mu_u)
-            x_BTD[:, index + 1] = x_BTD[:, index + 1] * alpha.exp() + mu
-        x_BTD = x_BTD.flip(1) if block.reverse else x_BTD
+        x_BTD = block.in_block_order(invert(block, block.in_block_order(x_BTD), y_B, guidance))
     return x_BTD
