@@ -69,9 +69,9 @@ class Drawn:
     plans: tuple[str, ...]
     """Each plan that a batch had, once."""
     backward_error: float | None
-    """The largest; ``None`` without certificates."""
+    """The largest of those that have a certificate; ``None`` when none has."""
     certified: bool | None
-    """Whether all images are within the tolerance."""
+    """Whether all that have one are within the tolerance; ``None`` when none has."""
 
 
 def sample(
@@ -110,7 +110,8 @@ def sample(
         parts.append(cohort.results()[0][1])
         plans.append(", ".join(cohort.plan.describe()) if cohort.plan else "")
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    error = float(arrays["backward_error"].max())
+    # nan only where no image has a certificate: batches of different plans may come together here.
+    error = float(np.fmax.reduce(arrays["backward_error"]))
     certified = is_certified(error, solver.tolerance)
     return Drawn(
         png=encode_image(contact_sheet(arrays, denoised=options.denoise), "png"),

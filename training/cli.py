@@ -284,6 +284,8 @@ def sweep(
                 say(f"{model.path} now recommends {describe(setting)}")
             elif setting != model.sampling:
                 say(f"to recommend {describe(setting)}, give the same command --save {kind}")
+        if save is not None and save not in found:
+            say("nothing was saved: no setting is better than no guidance both with and without a class")
 
 
 @app.command()

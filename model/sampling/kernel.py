@@ -61,7 +61,7 @@ class Memory:
 
     def select(self, index: Tensor, num_patches: int) -> Memory:
         """A copy that holds the first ``num_patches`` patches of the rows at ``index``."""
-        qkv = [torch.empty(len(held), len(index), held.shape[2]).to(held) for held in self.qkv]
+        qkv = [held.new_empty(len(held), len(index), held.shape[2]) for held in self.qkv]
         for new, held in zip(qkv, self.qkv, strict=True):
             torch.index_select(held[:num_patches], 1, index, out=new[:num_patches])
         return Memory(self._config, len(index), self.dtype, lambda: qkv)

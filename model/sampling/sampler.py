@@ -145,7 +145,7 @@ class Sampler:
 
     def plan(self, rows: Rows, options: SolverOptions) -> Plan:
         """How these rows will be solved."""
-        network_rows = len(rows) + len(rows.guided(0))
+        network_rows = len(rows) + max(len(rows.guided(n)) for n in range(len(self.flow.blocks)))
         return choose(
             options.solver, options.tolerance, self.flow.config, self.profile, self.costs, len(rows), network_rows
         )

@@ -15,7 +15,7 @@ from service.jobs import ModelInfo
 def asked(model: ModelInfo, sent: SamplerFields, label: int | None, **fixed: Any) -> tuple[dict[str, Any], int]:
     """What a request asks of the sampler, as its job carries it, and what it costs in passes.
 
-    null is absent, but for the window, where it means all blocks; ``fixed`` parameters go before what was sent.
+    null guidance is absent, but for the window, where it means all blocks; ``fixed`` goes before what was sent.
     """
     given = {field.name: getattr(sent, field.name) for field in fields(SamplingDefaults)}
     nulls = {"guidance_window"} & sent.model_fields_set

@@ -38,8 +38,9 @@ def test_figures_are_shared_out_over_more_blocks() -> None:
 
 def test_the_floor_is_rounding() -> None:
     flow = lifelike_flow(CONFIG, SPREADS)
-    found = measure(Case("tiny", flow, 4), copy.deepcopy(flow).double(), SamplingDefaults(guidance_scale=1.0))
+    found, spreads = measure(Case("tiny", flow, 4), copy.deepcopy(flow).double(), SamplingDefaults(guidance_scale=1.0))
     assert found["not_finite"] == 0
+    assert len(spreads) == CONFIG.num_blocks
     assert 1e-7 < found["median"] <= found["largest"] < 1e-4
     assert found["largest_judged_in_float64"] == pytest.approx(found["largest"], rel=1)
     # Rounding is 2²⁹ times finer.

@@ -94,9 +94,10 @@ def test_other_images_by_any_plan_of_the_profile_pass_their_tolerance(index: int
             assert decoded.backward_error_B.max() > tolerance / 100, "nor is it much too careful"
 
 
-def test_shares_are_the_passes_of_a_sampler() -> None:
+@pytest.mark.parametrize("volume_preserving", [False, True])
+def test_shares_are_the_passes_of_a_sampler(volume_preserving: bool) -> None:
     """In a flow of one block, the mean passes of the profile are those that rows take."""
-    flow = tough_flow(2.0, num_blocks=1)
+    flow = tough_flow(2.0, num_blocks=1, volume_preserving=volume_preserving)
     profile = measure(flow)
     for segment in (15, 8, 4):
         plan = Plan(blocks=(BlockPlan(segment=segment, guess=profile.blocks[0].guess),), gain=profile.gain)
