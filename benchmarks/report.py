@@ -12,6 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+WIDTH = 140
+"""Columns of a table that goes to a file."""
+
 
 def _cpu_name() -> str:
     try:
@@ -37,6 +40,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 def print_report(title: str, document: dict[str, Any], columns: Sequence[str], rows: list[list[str]]) -> None:
     """A table for people, under the environment that the document names."""
     console = Console()
+    if not console.is_terminal:
+        # In a file nothing is cut off.
+        console = Console(width=WIDTH)
     where = document["environment"]
     console.print(f"{where['hardware']} ({where['device']}), {where['threads']} threads, torch {where['torch']}")
     table = Table(title=title)

@@ -26,7 +26,6 @@ from tests.model.sampling.cases import (
     plans,
     sequential,
     tough_flow,
-    whole_plan,
 )
 
 ONLY_REPORT = SolverOptions(certify=False)
@@ -72,7 +71,7 @@ def test_a_smaller_tolerance_takes_more_passes_and_leaves_less(variant: dict[str
 
 
 def block_solver(
-    case: Case, number: int, segment: int, residual: float = 0.0, guess_TBD: Tensor | None = None
+    case: Case, number: int, segment: int, residual: float | Tensor = 0.0, guess_TBD: Tensor | None = None
 ) -> BlockSolver:
     """Solver of one block, whose latents are those of the whole flow."""
     kernel, rows = FlowKernel(case.flow).blocks[number], case.rows()
@@ -85,7 +84,7 @@ def block_solver(
         z_TBD,
         Memory.allocate(case.flow.config, network_rows, kernel.dtype, z_TBD.device),
         segment=segment,
-        residual_B=torch.full_like(rows.tolerance_B, residual),
+        residual_B=torch.zeros_like(rows.tolerance_B) + residual,
         guess_TBD=guess_TBD,
     )
 
@@ -154,12 +153,42 @@ def test_a_segment_of_n_takes_at_most_n_passes(data: st.DataObject, case: Case) 
     assert sum(rows for passes in of_segment.values() for _, rows in passes) <= int(solver.passes_B.sum())
 
 
-def test_a_row_that_converges_leaves_the_passes() -> None:
-    """A tolerant row costs less than an exact one beside it."""
-    flow = tough_flow(2.0)
-    case = case_of(flow, mixed_options(3), [1e-1, 1e-9] * 4)
-    decoded = decode(case, whole_plan(flow), ONLY_REPORT)
-    assert int(decoded.passes_B[::2].max()) < int(decoded.passes_B[1::2].min())
+@pytest.mark.parametrize("segment", [15, 7, 4])
+def test_a_row_that_converges_leaves_the_passes(segment: int) -> None:
+    """A tolerant row costs less than an exact one beside it, and later segments see what it left behind."""
+    case = case_of(tough_flow(1.0), mixed_options(3), [1e-1, 1e-3, 1e-6, 1e-9] * 2)
+    plan = Plan(blocks=(BlockPlan(segment=segment),) * 3)
+    decoded = decode(case, plan, ONLY_REPORT)
+    assert int(decoded.passes_B[::4].max()) < int(decoded.passes_B[3::4].min())
+    assert (decoded.backward_error_B < torch.tensor(case.tolerances)).all()
+    exact = sequential(case)
+    assert all(distance(decoded.x_BTD[row], exact[row]) < 10 * case.tolerances[row] for row in range(8))
+
+
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_rows_of_one_block_may_leave_in_any_order(data: st.DataObject) -> None:
+    """Also where others have left the iterations before."""
+    case = case_of(tough_flow(1.0), mixed_options(3))
+    segment = data.draw(st.sampled_from([15, 7, 4, 1]))
+    residual_B = torch.tensor([1e-1, 1e-3, 1e-6, 1e-9] * 2)
+    _, whole = iterates(block_solver(case, 1, segment, residual_B))
+    solver = block_solver(case, 1, segment, residual_B)
+    slices, kept, number, keep = solver.run(), list(range(8)), 0, None
+    leave_after = data.draw(st.sets(st.integers(2, 8), min_size=1, max_size=3))
+    while True:
+        try:
+            slices.send(keep)
+        except StopIteration as stop:
+            result: Tensor = stop.value
+            break
+        number, keep = number + 1, None
+        if number in leave_after:
+            order = data.draw(st.permutations(range(len(kept))))
+            index = order[: data.draw(st.integers(1, len(kept)))]
+            kept, keep = [kept[i] for i in index], torch.tensor(index)
+    assert distance(result, whole[:, kept]) < ROUNDING
+    assert len(solver.passes_B) == len(kept)
 
 
 def test_an_iteration_that_starts_at_the_solution_stops_after_one_pass() -> None:
