@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ def load_checkpoint(directory: Path) -> TrainState | None:
     if not path.is_file():
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns about other pickle protocols before it fails on them.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         # PyTorch's own text is many lines of advice about trusting pickles.
         raise CheckpointError(f"{path}: cannot be continued: damaged, or not a checkpoint of this program") from error
