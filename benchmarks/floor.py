@@ -235,7 +235,6 @@ def _print(document: dict[str, Any]) -> None:
         lost = sum(row["not_finite"] for row in result["guidance"])
         wide = "wide" if result["safe_tolerance"] <= document["default_tolerance"] else "NOT wide"
         lost_text = f" without {lost} images that are not finite" if lost else ""
-        lost_text = f" without {lost} images that are not finite" if lost else ""
         print(
             f"{result['model']}, T = {result['num_patches']}, {result['num_blocks']} blocks, {result['seeds']} seeds, "
             f"std of α {min(stds):.2f} to {max(stds):.2f}: floor {result['floor']:.1e}{lost_text}; plans iterate from "

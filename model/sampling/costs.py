@@ -25,11 +25,14 @@ HOPELESS = 1.5
 
 
 @torch.no_grad()
-def measure_costs(kernels: FlowKernel, most_rows: int, graphs: DecodeGraphs | None = None) -> CostProfile:
+def measure_costs(
+    kernels: FlowKernel, most_rows: int, graphs: DecodeGraphs | None = None, *, segments: bool = True
+) -> CostProfile:
     """Time passes of the deepest block, of one patch up to all, and of 1, 2, 4, … up to ``most_rows`` network rows.
 
     On a CPU each with one thread and with as many as torch has now; the faster counts. A pass of one patch is a
-    step of ``graphs``, where there are some.
+    step of ``graphs``, where there are some. Without ``segments`` only one patch and the whole sequence are measured:
+    a model that was not tuned needs no more.
     """
     config = kernels.flow.config
     kernel = max(kernels.blocks, key=lambda k: len(k.layers))
@@ -38,7 +41,8 @@ def measure_costs(kernels: FlowKernel, most_rows: int, graphs: DecodeGraphs | No
     choices = sorted({1, given}) if device.type == "cpu" else [given]
     costs = []
     try:
-        for patches in [1, *reversed(segment_lengths(config.num_patches)), config.num_patches]:
+        between = reversed(segment_lengths(config.num_patches)) if segments else ()
+        for patches in [1, *between, config.num_patches]:
             rows = 1
             while True:
                 timed = {n: _seconds(kernel, config, rows, patches, n) for n in choices}

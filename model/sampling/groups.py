@@ -21,12 +21,12 @@ MakeSolver = Callable[[Rows, Tensor], BlockSolver]
 class GroupedBlock:
     """Inverts one block, group after group; rows may leave meanwhile."""
 
-    def __init__(self, rows: Rows, z_TBD: Tensor, rows_per_group: int, make_solver: MakeSolver) -> None:
-        """``z_TBD`` is in the block's own order; ``make_solver`` may be called after rows have left."""
-        self.passes_B = torch.zeros(len(rows), dtype=torch.long, device=z_TBD.device)
+    def __init__(self, rows: Rows, x_TBD: Tensor, rows_per_group: int, make_solver: MakeSolver) -> None:
+        """``x_TBD`` takes the result; ``make_solver`` may be called after rows have left."""
+        self.passes_B = torch.zeros(len(rows), dtype=torch.long, device=x_TBD.device)
         """Network passes that each row took part in."""
-        self._rows, self._x_TBD, self._make_solver = rows, z_TBD.clone(), make_solver
-        self._groups = list(torch.arange(len(rows), device=z_TBD.device).split(rows_per_group))
+        self._rows, self._x_TBD, self._make_solver = rows, x_TBD, make_solver
+        self._groups = list(torch.arange(len(rows), device=x_TBD.device).split(rows_per_group))
 
     def run(self) -> Generator[float, Tensor | None, Tensor]:
         """Returns x (T, B, D). Yields after every pass the share of the block that is done.

@@ -235,6 +235,12 @@ class CostProfile:
         low, high = self._along_rows(below, rows), self._along_rows(above, rows)
         return low + share * (high - low)
 
+    def most_rows(self, seconds: float, patches: int, passes: float, most: int) -> int:
+        """Images, from 1 up to ``most``, of ``passes`` network rows each, that a pass takes in ``seconds``."""
+        while most > 1 and self.seconds(passes * most, patches) > seconds:
+            most -= 1
+        return most
+
     def threads(self, rows: int, patches: int) -> int:
         """Threads that were faster for the measured pass nearest in size."""
         size = math.log(rows * patches)

@@ -202,8 +202,9 @@ class Sampler:
         if not len(batch.rows):
             return
         for number, (kernel, how) in enumerate(zip(kernels.blocks, plan.blocks, strict=True)):
-            block = self._grouped(kernel, batch, number, how, plan)
-            threads = self._threads(2 * len(batch.rows), how.segment)
+            rows_per_group = self._group_rows(batch.rows, number, how)
+            block = self._grouped(kernel, batch, number, how, plan, rows_per_group)
+            threads = self._threads(2 * rows_per_group, how.segment)
             send = _send_on_gpu if batch.x_BTD.device.type == "cuda" else _send
             steps, keep = block.run(), None
             while True:
@@ -223,10 +224,11 @@ class Sampler:
             if keeps_states:
                 batch.states.append(batch.x_BTD)
 
-    def _grouped(self, kernel: BlockKernel, batch: _Batch, number: int, how: BlockPlan, plan: Plan) -> GroupedBlock:
+    def _grouped(
+        self, kernel: BlockKernel, batch: _Batch, number: int, how: BlockPlan, plan: Plan, rows_per_group: int
+    ) -> GroupedBlock:
         """One block of a batch, ready to run."""
         config = self.flow.config
-        z_TBD = kernel.block.in_block_order(batch.x_BTD).transpose(0, 1).contiguous()
 
         def make_solver(rows: Rows, index: Tensor) -> BlockSolver:
             # Rows may have left since, so what is taken from the batch is taken now.
@@ -252,17 +254,17 @@ class Sampler:
                 graphs=self.graphs,
             )
 
-        return GroupedBlock(batch.rows, z_TBD, self._group_rows(batch.rows, number, how), make_solver)
+        x_TBD = torch.empty_like(batch.x_BTD.transpose(0, 1))
+        return GroupedBlock(batch.rows, x_TBD, rows_per_group, make_solver)
 
     def _group_rows(self, rows: Rows, number: int, how: BlockPlan) -> int:
         """Rows that go through a block together: all when decoding, else as many as keep a pass short."""
-        if how.segment == 1 or self.costs is None:
-            return len(rows) if how.segment == 1 else max(1, min(self.rows_per_pass, len(rows)))
+        if how.segment == 1:
+            return len(rows)
+        if self.costs is None:
+            return max(1, min(self.rows_per_pass, len(rows)))
         passes = (len(rows) + len(rows.guided(number))) / len(rows)
-        count = 1
-        while count < len(rows) and self.costs.seconds(2 * count * passes, how.segment) <= SLICE_SECONDS:
-            count *= 2
-        return min(count, len(rows))
+        return self.costs.most_rows(SLICE_SECONDS, how.segment, passes, len(rows))
 
     def _certify(self, batch: _Batch, meter: _Meter) -> Generator[Progress, Tensor | None, Tensor]:
         """Backward errors (B,) of the rows that are there at the end."""

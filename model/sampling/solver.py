@@ -125,9 +125,10 @@ class BlockSolver:
         passes = self._passes
         for exact in range(first, end):
             alpha, mu = passes.affine(self._x_TBD[exact - 1 : end - 1, active_A], exact - 1)
-            new_NAD = torch.addcmul(mu, self.z_TBD[exact:end, active_A], alpha.exp())
+            scale = alpha.exp()
+            new_NAD = torch.addcmul(mu, self.z_TBD[exact:end, active_A], scale)
             change_NAD = (new_NAD - self._x_TBD[exact:end, active_A]).abs()
-            residual_A = (change_NAD * (-alpha).exp()).amax(dim=(0, 2))
+            residual_A = (change_NAD / scale).amax(dim=(0, 2))
             self._x_TBD[exact:end, active_A] = new_NAD
             self.passes_B[active_A] += 1
             self.history.append((first, exact - first + 1, len(active_A)))
@@ -137,7 +138,7 @@ class BlockSolver:
             if keep is not None:
                 active_A, continues_A, passes = self._keep_active(keep, end, active_A, continues_A, passes)
             if exact == end - 1 or not bool(continues_A.any()):
-                self._restore(passes, active_A, slice(None), first - 1, end - 1)
+                self._restore(passes, active_A, torch.arange(len(active_A), device=active_A.device), first - 1, end - 1)
                 return
             if not bool(continues_A.all()):
                 leaving_L = (~continues_A).nonzero().squeeze(1)
@@ -151,12 +152,10 @@ class BlockSolver:
         memory = passes.memory.select(passes.guidance.network_rows(index_S), num_patches)
         return _Passes(passes.kernel, Guidance(self.rows.select(rows_S), self._number, len(self.z_TBD)), memory)
 
-    def _restore(self, passes: _Passes, rows_L: Tensor, index_L: Tensor | slice, start: int, end: int) -> None:
+    def _restore(self, passes: _Passes, rows_L: Tensor, index_L: Tensor, start: int, end: int) -> None:
         """What the memory of some rows has of a segment, for the memory of all: later segments look at it."""
         if passes is self._passes or end == len(self.z_TBD) - 1:
             return
-        if isinstance(index_L, slice):
-            index_L = torch.arange(len(rows_L), device=rows_L.device)
         own = self._passes.guidance.network_rows(rows_L)
         self.memory.restore(passes.memory, own, passes.guidance.network_rows(index_L), start, end)
 

@@ -69,15 +69,16 @@ class LoadedModel:
         """Images in a slice that takes a block's parallel pass ``passes`` times, so that it keeps to its time."""
         rows, costs = self.pass_rows(MOST_SLICE_ROWS[self.device.type]), self.sampler.costs
         if costs is not None:
-            patches = self.flow.config.num_patches
-            while rows > 1 and costs.seconds(passes * rows, patches) > SLICE_SECONDS:
-                rows -= 1
+            return costs.most_rows(SLICE_SECONDS, self.flow.config.num_patches, passes, rows)
         return rows
 
     def measure(self, most_rows: int) -> None:
         """Measure what passes cost here, for batches of up to ``most_rows`` images with guidance."""
-        self.sampler.costs = measure_costs(self.sampler.kernel, GUIDED_PASSES * most_rows, self.sampler.graphs)
-        self.sampler.rows_per_pass = self.slice_rows(GUIDED_PASSES)
+        sampler = self.sampler
+        sampler.costs = measure_costs(
+            sampler.kernel, GUIDED_PASSES * most_rows, sampler.graphs, segments=sampler.profile is not None
+        )
+        sampler.rows_per_pass = self.slice_rows(GUIDED_PASSES)
 
 
 def load_models(directory: Path, device: torch.device, batch_rows: int) -> dict[str, LoadedModel]:

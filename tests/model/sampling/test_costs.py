@@ -167,3 +167,15 @@ def test_what_is_timed_is_the_deepest_block_half_way(monkeypatch: pytest.MonkeyP
     measure_costs(FlowKernel(flow), most_rows=1)
     assert {layers for layers, _, _ in calls} == {3}
     assert {(shape[0], start) for _, shape, start in calls} == {(1, 7), (4, 6), (8, 4), (15, 0), (16, 0)}
+
+
+def test_without_segments_only_steps_and_whole_sequences_are_measured() -> None:
+    profile = measure_costs(FlowKernel(tiny_flow()), most_rows=2, segments=False)
+    assert {cost.patches for cost in profile.costs} == {1, 16}
+
+
+def test_most_rows_keep_a_pass_within_its_time() -> None:
+    costs = CostProfile([PassCost(rows=r, patches=16, seconds=0.01 * r, threads=1) for r in (1, 2, 4)])
+    assert costs.most_rows(0.085, 16, passes=2, most=64) == 4
+    assert costs.most_rows(0.085, 16, passes=2, most=3) == 3
+    assert costs.most_rows(0.001, 16, passes=2, most=64) == 1
