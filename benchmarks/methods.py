@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from benchmarks.calibration import (
     make_trials,
     selective_jacobi_method,
 )
+from benchmarks.calibration import Method as ApproximateMethod
 from benchmarks.models import Subject
 from benchmarks.published import sample
 from benchmarks.published.guidance import Guidance
@@ -29,6 +30,8 @@ from model.sampling.rows import Rows, finish, make_rows
 from model.sampling.sampler import Sampler
 
 PUBLISHED, SEQUENTIAL, PLAN = "published loop", "our sequential", "our plan"
+LEVEL_PLAN = "our plan to a level"
+"""Our plan with the loosest tolerance that keeps a grey level, as the published methods have it."""
 CALIBRATION_IMAGES = 4
 SEGMENTS = (0, 1, 4)
 """Segments tried for the tough blocks of GS-Jacobi; 0 is the published loop there."""
@@ -70,14 +73,21 @@ def make_batch(subject: Subject, size: int, guidance: Guidance, device: torch.de
     """Seeds 0, 1, …, classes in turn."""
     config = subject.flow.config
     latent_BTD = latents(range(size), config.num_patches, config.patch_dim).to(device)
-    labels: list[int | None] = [i % config.num_classes if config.num_classes else None for i in range(size)]
+    y_B = torch.arange(size, device=device) % config.num_classes if config.num_classes else None
+    return Batch(_rows(latent_BTD, y_B, guidance), y_B, guidance)
+
+
+def _rows(
+    latent_BTD: Tensor, y_B: Tensor | None, guidance: Guidance, tolerance: float = SolverOptions.tolerance
+) -> Rows:
+    """Our own form of what the published methods take."""
+    labels: list[int | None] = [None] * len(latent_BTD) if y_B is None else [int(y) for y in y_B]
     options = SamplingDefaults(
         guidance_scale=guidance.scale,
         guidance_schedule="linear" if guidance.linear else "constant",
         attention_temperature=guidance.attention_temperature,
     )
-    rows = make_rows(latent_BTD, labels, [options] * size)
-    return Batch(rows, rows.label_B if config.num_classes else None, guidance)
+    return make_rows(latent_BTD, labels, [options] * len(latent_BTD), [tolerance] * len(latent_BTD))
 
 
 def make_methods(subject: Subject, batch: Batch, names: list[str], device: torch.device, bf16: bool) -> list[Method]:
@@ -87,7 +97,8 @@ def make_methods(subject: Subject, batch: Batch, names: list[str], device: torch
     sampler.costs = measure_costs(sampler.kernel, 2 * len(rows), sampler.graphs)
 
     def ours(options: SolverOptions) -> Callable[[], Tensor]:
-        return lambda: finish(sampler.decode(rows, options)).x_BTD
+        ours = replace(rows, tolerance_B=torch.full_like(rows.tolerance_B, options.tolerance))
+        return lambda: finish(sampler.decode(ours, options)).x_BTD
 
     methods = []
     if PUBLISHED in names:
@@ -96,7 +107,7 @@ def make_methods(subject: Subject, batch: Batch, names: list[str], device: torch
         )
     if SEQUENTIAL in names:
         methods.append(Method(SEQUENTIAL, ours(SolverOptions(solver="sequential"))))
-    approximate = {SELECTIVE, GS_JACOBI} & set(names)
+    approximate = {SELECTIVE, GS_JACOBI, LEVEL_PLAN} & set(names)
     # A tolerance that suits one small batch may not suit the next.
     count = max(1, CALIBRATION_IMAGES // len(rows))
     trials = make_trials(flow, len(rows), count, batch.guidance) if approximate else []
@@ -122,13 +133,32 @@ def make_methods(subject: Subject, batch: Batch, names: list[str], device: torch
         )
     if PLAN in names:
         options = SolverOptions()
-        plan = sampler.plan(rows, options)
-        words = ", ".join(plan.describe()) + ("" if plan.is_sequential else "; certificate included")
-        methods.append(Method(PLAN, ours(options), note=words))
+        methods.append(Method(PLAN, ours(options), note=_plan_note(sampler, rows, options)))
+    if LEVEL_PLAN in names:
+        outcome = calibrate(_plan_method(sampler, batch.guidance), trials)
+        options = SolverOptions(tolerance=outcome.tolerance)
+        methods.append(
+            Method(LEVEL_PLAN, ours(options), note=f"{_plan_note(sampler, rows, options)}; {_note(outcome)}")
+        )
     if bf16:
         draft = SolverOptions(solver="sequential", precision="bf16", certify=False)
         methods.append(Method("our bf16 draft", ours(draft), note="certificate included, not polished"))
     return methods
+
+
+def _plan_method(sampler: Sampler, guidance: Guidance) -> ApproximateMethod:
+    """Our sampler with only its tolerance left open; its iterations are not counted by block."""
+
+    def method(latent_BTD: Tensor, y_B: Tensor | None, tolerance: float) -> tuple[Tensor, list[int]]:
+        rows = _rows(latent_BTD, y_B, guidance, tolerance)
+        return finish(sampler.decode(rows, SolverOptions(tolerance=tolerance))).x_BTD, []
+
+    return method
+
+
+def _plan_note(sampler: Sampler, rows: Rows, options: SolverOptions) -> str:
+    plan = sampler.plan(rows, options)
+    return ", ".join(plan.describe()) + ("" if plan.is_sequential else "; certificate included")
 
 
 def _note(outcome: Outcome) -> str:

@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.methods import GS_JACOBI, PLAN, PUBLISHED, SELECTIVE, SEQUENTIAL, Method, make_batch, make_methods
+from benchmarks.methods import (
+    GS_JACOBI,
+    LEVEL_PLAN,
+    PLAN,
+    PUBLISHED,
+    SELECTIVE,
+    SEQUENTIAL,
+    Method,
+    make_batch,
+    make_methods,
+)
 from benchmarks.models import Subject, add_arguments, pick_subject
 from benchmarks.published.guidance import Guidance
 from benchmarks.report import environment, print_json, print_report
@@ -26,7 +36,7 @@ from model.sampling.certificate import backward_error
 from model.sampling.rows import Rows, finish
 from model.sampling.sampler import Sampler
 
-NAMES = [PUBLISHED, SEQUENTIAL, SELECTIVE, GS_JACOBI, PLAN]
+NAMES = [PUBLISHED, SEQUENTIAL, SELECTIVE, GS_JACOBI, PLAN, LEVEL_PLAN]
 UNCONDITIONAL_TEMPERATURE = 0.5
 GREY_LEVELS = 127.5
 """Grey levels in one unit of the [-1, 1] scale."""
@@ -79,8 +89,8 @@ def compare(subject: Subject, rows: Rows, methods: list[Method], repeats: int, d
             }
         )
     ratio = None
-    if PLAN in times and len(times) > 1:
-        others = [name for name in times if name != PLAN]
+    others = [name for name in times if name not in (PLAN, LEVEL_PLAN)]
+    if PLAN in times and others:
         # The plan's time in a round over that of the method that is fastest by its median.
         fastest = min(others, key=lambda name: statistics.median(times[name]))
         ratio = statistics.median(a / b for a, b in zip(times[PLAN], times[fastest], strict=True))

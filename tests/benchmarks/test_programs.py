@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import denoising, sampling
-from benchmarks.methods import GS_JACOBI, PLAN, PUBLISHED, SELECTIVE, SEQUENTIAL
+from benchmarks.methods import GS_JACOBI, LEVEL_PLAN, PLAN, PUBLISHED, SELECTIVE, SEQUENTIAL
 from tests.benchmarks.programs import document, run
 
 SMALL_SAMPLING = ["--random", "14-64-2-1", "--batch", "3", "--repeats", "1"]
@@ -22,7 +22,7 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert result["batch"] == 3
     assert result["plan_over_fastest_other"] > 0
     methods = {row["method"]: row for row in result["methods"]}
-    assert list(methods) == [PUBLISHED, SEQUENTIAL, SELECTIVE, GS_JACOBI, PLAN]
+    assert list(methods) == [PUBLISHED, SEQUENTIAL, SELECTIVE, GS_JACOBI, PLAN, LEVEL_PLAN]
     for row in methods.values():
         assert row["seconds_per_image"] > 0
         assert row["images_per_second"] == pytest.approx(1 / row["seconds_per_image"])

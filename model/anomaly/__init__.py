@@ -1,0 +1,1 @@
+"""Anomaly statistics: features of a flow, their combination, conformal calibration, maps."""
