@@ -2,7 +2,7 @@
 
 A bundle is a directory::
 
-    config.json         architecture, noise protocol, class names, preprocessing, provenance
+    config.json         architecture, noise protocol, class names and prior, preprocessing, provenance
     model.safetensors   weights (see :mod:`model.weights`)
     sampler.json        recommended sampling parameters, and how the solvers converge (``tarflow tune``)
     CARD.md             for people: data, recipe, figures
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ CONFIG, WEIGHTS, SAMPLER, CARD, MANIFEST = (
     "manifest.json",
 )
 SAMPLES = "samples.png"
+PRIOR_TOLERANCE = 1e-6
+"""How far the sum of a class prior may be from 1."""
 PREPROCESSING = {"resize": "shorter-side-bicubic", "crop": "center", "range": [-1, 1]}
 BUNDLED = Path(__file__).parent / "bundled"
 """Models that come with the package."""
@@ -77,6 +80,8 @@ class BundleConfig:
     """Noise protocol of training and scoring."""
     class_names: tuple[str, ...] = ()
     """Names in label order; as many as the flow has classes."""
+    class_prior: tuple[float, ...] = ()
+    """p(y) of each class in label order, as frequent as in training; empty for uniform. See :attr:`prior`."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Provenance: free-form record of how the weights were made."""
 
@@ -92,6 +97,7 @@ class BundleConfig:
             raise ValueError(
                 f"class_names: got {len(names)}, allowed is {self.flow.num_classes} names that are not empty"
             )
+        self._check_prior()
         if not isinstance(self.training, Mapping):
             raise ValueError(f"training: got {self.training!r}, allowed is an object")
         if len(set(names)) != len(names):
@@ -99,6 +105,31 @@ class BundleConfig:
             raise ValueError(
                 f"class_names: got {', '.join(map(repr, repeated))} more than once, allowed is each name once"
             )
+
+    def _check_prior(self) -> None:
+        """Raises ``ValueError`` for what is no distribution over the classes."""
+        prior = self.class_prior
+        if not prior:
+            return
+        if len(prior) != len(self.class_names):
+            raise ValueError(
+                f"class_prior: got {len(prior)} values, allowed is {len(self.class_names)}, one for each class, or none"
+            )
+        for i, value in enumerate(prior):
+            # JSON's true is no number, whatever Python thinks; nan and infinity are not between 0 and 1.
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"class_prior[{i}]: got {value!r}, allowed is a number above 0 and up to 1")
+        if abs(math.fsum(prior) - 1) > PRIOR_TOLERANCE:
+            raise ValueError(
+                f"class_prior: got values with sum {math.fsum(prior):.9g}, allowed is a sum of 1 within "
+                f"{PRIOR_TOLERANCE:g}"
+            )
+
+    @property
+    def prior(self) -> tuple[float, ...]:
+        """p(y) of each class in numbers, uniform where :attr:`class_prior` is empty; empty without classes."""
+        count = len(self.class_names)
+        return self.class_prior or tuple(1 / count for _ in range(count))
 
     def to_json(self) -> bytes:
         """The bytes of config.json."""
@@ -108,6 +139,8 @@ class BundleConfig:
             "flow": self.flow.to_dict(),
             "noise": self.noise.to_dict(),
             "class_names": list(self.class_names),
+            # Left out when empty: bundles from before there were priors keep their bytes, and so their id.
+            **({"class_prior": list(self.class_prior)} if self.class_prior else {}),
             "preprocessing": PREPROCESSING,
             "training": dict(self.training),
         }
@@ -132,6 +165,7 @@ class BundleConfig:
                 flow=FlowConfig.from_dict(content["flow"]),
                 noise=NoiseProtocol.from_dict(content["noise"]),
                 class_names=tuple(content["class_names"]),
+                class_prior=tuple(content.get("class_prior", ())),
                 training=content.get("training", {}),
             )
         except KeyError as error:

@@ -10,7 +10,7 @@ import anyio
 from fastapi import FastAPI
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
-from service.api import envelope, health, models, sampling, scoring
+from service.api import classifying, envelope, health, models, sampling, scoring
 from service.api.observing import Observing
 from service.broker.base import Broker
 from service.metrics import ServiceMetrics
@@ -21,8 +21,8 @@ DECODING_THREADS = 4
 DESCRIPTION = """
 Images from TarFlow normalizing flows, and exactly how likely an image is.
 
-Draw images with **/v1/sample**, score uploads with **/v1/score**, go to latents and back with **/v1/encode** and
-**/v1/decode**, clean noisy images with **/v1/denoise**. Every error is
+Draw images with **/v1/sample**, score uploads with **/v1/score**, ask which class they are of with **/v1/classify**,
+go to latents and back with **/v1/encode** and **/v1/decode**, clean noisy images with **/v1/denoise**. Every error is
 `{"error": {"message", "type", "param", "code"}}`.
 """
 
@@ -50,7 +50,7 @@ def create_app(
     app.state.metrics = ServiceMetrics()
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)
     app.state.draining, app.state.restarts = draining, restarts
-    for part in (sampling, scoring, models, health):
+    for part in (sampling, scoring, classifying, models, health):
         app.include_router(part.router)
     envelope.install(app)
     # Inside of Observing, which answers in the envelope where FastAPI's own limit would not.

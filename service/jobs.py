@@ -22,9 +22,10 @@ class Op(StrEnum):
     DENOISE = "denoise"
     SCORE = "score"
     ENCODE = "encode"
+    CLASSIFY = "classify"
 
 
-URGENT = frozenset({Op.SCORE, Op.ENCODE})
+URGENT = frozenset({Op.SCORE, Op.ENCODE, Op.CLASSIFY})
 """Milliseconds of work: served between two slices of sampling."""
 
 LONG = frozenset(Op) - URGENT
@@ -43,9 +44,10 @@ class Job:
 
     sample: seeds [int], label, options, solver, trajectory — decode: latents (n, T, D) float32, label, options,
     solver, trajectory — denoise: pixels (n, C, H, W) uint8, label, add_noise, seed — score: pixels, label, draws,
-    seed — encode: pixels, label, add_noise, seed. ``label`` is a class index or None for no class, ``options`` are
-    :class:`~model.config.SamplingDefaults`, ``solver`` is :class:`~model.config.SolverOptions`, ``trajectory`` says
-    whether the states after each block are wanted. Where ``floats`` is true, images come as floats too.
+    seed — classify: pixels, draws, seed — encode: pixels, label, add_noise, seed. ``label`` is a class index or None
+    for no class, ``options`` are :class:`~model.config.SamplingDefaults`, ``solver`` is
+    :class:`~model.config.SolverOptions`, ``trajectory`` says whether the states after each block are wanted. Where
+    ``floats`` is true, images come as floats too.
     """
 
     id: str
@@ -99,6 +101,8 @@ class ModelInfo:
     noise: NoiseProtocol
     sampling: SamplingDefaults
     class_names: tuple[str, ...] = ()
+    class_prior: tuple[float, ...] = ()
+    """p(y) of each class in numbers; empty only without classes."""
     card: str = ""
     created: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +120,7 @@ class ModelInfo:
             noise=config.noise,
             sampling=bundle.sampling,
             class_names=config.class_names,
+            class_prior=config.prior,
             card=bundle.card,
             created=bundle.created,
             training=config.training,
@@ -127,7 +132,8 @@ class ModelInfo:
     def to_wire(self) -> dict[str, Any]:
         """Plain data for a message."""
         nested = {"flow": self.flow.to_dict(), "noise": self.noise.to_dict(), "sampling": self.sampling.to_dict()}
-        return {**asdict(self), **nested, "class_names": list(self.class_names), "training": dict(self.training)}
+        classes = {"class_names": list(self.class_names), "class_prior": list(self.class_prior)}
+        return {**asdict(self), **nested, **classes, "training": dict(self.training)}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> ModelInfo:
@@ -137,7 +143,8 @@ class ModelInfo:
             "noise": NoiseProtocol.from_dict(data["noise"]),
             "sampling": SamplingDefaults.from_dict(data["sampling"]),
         }
-        return cls(**{**data, **nested, "class_names": tuple(data["class_names"])})
+        classes = {name: tuple(data[name]) for name in ("class_names", "class_prior")}
+        return cls(**{**data, **nested, **classes})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,19 @@ def match_labels(images: Images, names: tuple[str, ...], model: str) -> Images:
     return Images(images.pixels, new_label[images.labels], names)
 
 
+def class_frequencies(images: Images, num_classes: int) -> tuple[float, ...]:
+    """How often each class is among the images, in label order: p(y) for a bundle, with sum 1; empty without classes.
+
+    A class without any image is not impossible: then every class counts one more image (Laplace's rule).
+    """
+    if not num_classes:
+        return ()
+    counts = np.bincount(images.labels, minlength=num_classes)
+    if not counts.all():
+        counts = counts + 1
+    return tuple((counts / counts.sum()).tolist())
+
+
 def _listed(names: tuple[str, ...], limit: int = 12) -> str:
     if not names:
         return ""

@@ -157,6 +157,10 @@ def evaluate(
         typer.Option(min=0, help="Training images for the train-test gap; as many as are evaluated. 0: none."),
     ] = None,
     no_class: Annotated[bool, typer.Option("--no-class", help="Score without the images' classes.")] = False,
+    accuracy: Annotated[
+        bool,
+        typer.Option("--accuracy", help="Also the Bayes accuracy of class-conditional models: a pass for each class."),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Image i gets the noise of seed + i.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
     device: Device = "auto",
@@ -166,7 +170,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print bits/dim on a test split with its protocol, the train-test gap and, for several bundles,
-    the paired difference of each to the first."""
+    the paired difference of each to the first. With --accuracy also how often the most probable class is the label."""
     with clear_errors():
         from model.device import resolve_device
         from model.weights import update_bundle
@@ -180,6 +184,7 @@ def evaluate(
             limit=limit,
             train_limit=train_limit,
             ignore_classes=no_class,
+            accuracy=accuracy,
             seed=seed,
             batch_size=batch_size,
         )

@@ -1,4 +1,4 @@
-"""Bits per dimension of bundles on a data set: test figures, train–test gap, paired differences.
+"""Bits per dimension of bundles on a data set: test figures, train–test gap, paired differences, Bayes accuracy.
 
 Image i of a split is scored with the noise of ``seed + i``, exactly as the service scores it with
 that seed: draws are independent across images, the same for every model, and do not depend on the
@@ -19,20 +19,18 @@ from numpy.typing import NDArray
 from model.bundle import Bundle
 from model.config import NoiseProtocol
 from model.flow import NO_CLASS, Flow
-from model.likelihood import add_noise, bits_per_dim, combine_draws, log_likelihood
-from model.noise import input_noise
+from model.likelihood import bits_per_dim, combine_draws, log_likelihood
 from model.weights import load_flow
+from training.accuracy import Z_95, Accuracy, recognize_images
 from training.checkpoint import data_fingerprint
 from training.classes import match_labels
 from training.data import DataError, Images, epoch_order, load_images
-
-Z_95 = 1.959964
-"""Two-sided 95% point of the standard normal distribution."""
+from training.noisy import noisy_batches
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images with its standard error, in bits/dim."""
+    """A mean over images with its standard error, in the unit of its values: bits/dim, or a share."""
 
     mean: float
     standard_error: float
@@ -57,6 +55,8 @@ class EvaluationOptions:
     """Number of training images to compare with; as many as are evaluated if not given, 0 for none."""
     ignore_classes: bool = False
     """Score without the images' classes."""
+    accuracy: bool = False
+    """Also classify the images; models without classes have no accuracy."""
     seed: int = 0
     """Image i has the noise of seed + i."""
     batch_size: int = 128
@@ -85,6 +85,8 @@ class Evaluation:
     """Bits/dim of images that were trained on, to compare with."""
     no_gap_because: str = ""
     """Why there are no ``train_bits``."""
+    accuracy: Accuracy | None = None
+    """Which images the model recognizes; None where that was not asked for, or it has no classes."""
 
     @property
     def gap(self) -> Estimate | None:
@@ -118,6 +120,20 @@ def paired_difference(first: Evaluation, second: Evaluation) -> Estimate:
     return estimate(second.bits - first.bits)
 
 
+def paired_accuracy(first: Evaluation, second: Evaluation) -> Estimate:
+    """Share of images that the second model recognizes minus that of the first, image by image.
+
+    Raises ``ValueError`` when a model was not asked to recognize them, or the two know other classes.
+    """
+    ours, theirs = first.accuracy, second.accuracy
+    names = [e.bundle.config.name for e in (first, second)]
+    if ours is None or theirs is None:
+        raise ValueError(f"{names[ours is not None]} has no Bayes accuracy to compare")
+    if set(first.bundle.config.class_names) != set(second.bundle.config.class_names):
+        raise ValueError(f"{names[0]} and {names[1]} have different classes: their accuracies are not comparable")
+    return estimate(theirs.correct.astype(np.float64) - ours.correct)
+
+
 def _short(noise: NoiseProtocol) -> str:
     return f"{noise.kind} {noise.std:g}" if noise.kind == "gaussian" else noise.kind
 
@@ -131,13 +147,14 @@ def evaluate_bundle(
 ) -> Evaluation:
     """Score a bundle on the data's split and, if they are at hand, on images it was trained on.
 
-    ``on_progress`` is told the images scored so far and their whole number. Raises
-    :class:`~training.data.DataError` or :class:`~model.bundle.BundleError`.
+    ``on_progress`` is told the images scored so far and their whole number; an image that is classified counts once
+    for every class. Raises :class:`~training.data.DataError` or :class:`~model.bundle.BundleError`.
     """
     config = bundle.config
     conditional = bool(config.flow.num_classes) and not options.ignore_classes
     images = load_images(data, options.split, config.flow.image_size, config.flow.channels).part(None, options.limit)
-    if conditional:
+    recognizes = bool(config.flow.num_classes) and options.accuracy
+    if conditional or recognizes:
         images = match_labels(images, config.class_names, config.name)
     try:
         count = len(images) if options.train_limit is None else options.train_limit
@@ -147,6 +164,7 @@ def evaluate_bundle(
         trained_on, no_gap_because = None, str(error)
     flow = load_flow(bundle, device)
     total, done = len(images) + (len(trained_on) if trained_on else 0), 0
+    total += len(images) * config.flow.num_classes if recognizes else 0
 
     def advance(count: int) -> None:
         nonlocal done
@@ -165,6 +183,18 @@ def evaluate_bundle(
             advance=advance,
         )
 
+    def recognize(recognized: Images) -> Accuracy:
+        return recognize_images(
+            flow,
+            recognized,
+            config.noise,
+            config.prior,
+            draws=options.draws,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            advance=advance,
+        )
+
     return Evaluation(
         bundle=bundle,
         data_name=data.resolve().name,
@@ -173,6 +203,7 @@ def evaluate_bundle(
         bits=score(images),
         train_bits=score(trained_on) if trained_on else None,
         no_gap_because=no_gap_because,
+        accuracy=recognize(images) if recognizes else None,
     )
 
 
@@ -215,21 +246,11 @@ def score_images(
     ``conditional`` gives each image its label as class, else none. ``advance`` is told the number
     of images after each batch. Raises ``ValueError`` when seed + N is not a seed.
     """
-    device, shape = flow.prior_variance.device, images.pixels.shape[1:]
-    results = []
-    for start in range(0, len(images), batch_size):
-        pixels = torch.from_numpy(images.pixels[start : start + batch_size].copy()).to(device)
-        labels = torch.from_numpy(images.labels[start : start + batch_size].copy()).to(device)
+    device, results = flow.prior_variance.device, []
+    for copies, labels in noisy_batches(images, noise, draws=draws, seed=seed, batch_size=batch_size, device=device):
         y_B = labels if conditional else torch.full_like(labels, NO_CLASS)
-        indices = range(start, start + len(pixels))
-        noise_KBCHW = torch.stack([input_noise(noise.kind, seed + i, draws, shape) for i in indices], dim=1)
-        nats_KB = torch.stack(
-            [
-                log_likelihood(flow, flow.patchify(add_noise(pixels, noise, draw_BCHW)), y_B).double()
-                for draw_BCHW in noise_KBCHW.to(device)
-            ]
-        )
+        nats_KB = torch.stack([log_likelihood(flow, flow.patchify(copy_BCHW), y_B).double() for copy_BCHW in copies])
         bits_B = bits_per_dim(combine_draws(nats_KB, noise), flow.config.num_dims, noise)
         results.append(torch.as_tensor(bits_B).cpu().numpy())
-        advance(len(pixels))
+        advance(len(labels))
     return np.concatenate(results)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from model.bundle import Bundle
-from training.evaluate import Estimate, Evaluation, estimate, paired_difference
+from training.accuracy import Accuracy
+from training.evaluate import Estimate, Evaluation, estimate, paired_accuracy, paired_difference
+
+MOST_SHOWN = 12
+"""Classes whose prior is told in words."""
 
 
 def lines(evaluation: Evaluation) -> list[str]:
@@ -31,7 +35,28 @@ def lines(evaluation: Evaluation) -> list[str]:
         ]
     else:
         text.append(f"train–test gap: none, {evaluation.no_gap_because}")
+    if options.accuracy:
+        text.append(f"Bayes accuracy: {_accuracy(evaluation, draws)}")
     return text
+
+
+def _accuracy(evaluation: Evaluation, draws: str) -> str:
+    accuracy = evaluation.accuracy
+    if accuracy is None:
+        return "none, the model has no classes"
+    low, high = accuracy.interval
+    return (
+        f"{accuracy.value:.2%} (95% Wilson interval {low:.2%} to {high:.2%}) on {len(accuracy.correct):,} images, "
+        f"{draws}, the most probable of {len(accuracy.prior)} classes under {_prior(evaluation.bundle, accuracy)}"
+    )
+
+
+def _prior(bundle: Bundle, accuracy: Accuracy) -> str:
+    if not bundle.config.class_prior or len(set(accuracy.prior)) == 1:
+        return "a uniform prior"
+    pairs = list(zip(bundle.config.class_names, accuracy.prior, strict=True))
+    shown = ", ".join(f"{name} {p:.4g}" for name, p in pairs[:MOST_SHOWN])
+    return f"the bundle's prior ({shown}{', …' if len(pairs) > MOST_SHOWN else ''})"
 
 
 def markdown(evaluation: Evaluation) -> str:
@@ -53,7 +78,21 @@ def differences(evaluations: list[Evaluation]) -> list[str]:
                 f"paired difference, {_label(other.bundle)} minus {_label(first.bundle)}: {_signed(difference)}; "
                 "same images, same noise"
             )
+        if first.options.accuracy:
+            text.append(_accuracy_difference(first, other))
     return text
+
+
+def _accuracy_difference(first: Evaluation, other: Evaluation) -> str:
+    try:
+        difference = paired_accuracy(first, other)
+    except ValueError as error:
+        return f"no paired difference of accuracy: {error}"
+    low, high = difference.interval
+    return (
+        f"paired difference of accuracy, {_label(other.bundle)} minus {_label(first.bundle)}: "
+        f"{100 * difference.mean:+.2f} points (95% interval {100 * low:+.2f} to {100 * high:+.2f}); same images"
+    )
 
 
 def to_json(evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -65,6 +104,11 @@ def to_json(evaluations: list[Evaluation]) -> dict[str, Any]:
             entry["difference"] = _estimate_json(paired_difference(evaluations[0], other))
         except ValueError as error:
             entry["not_comparable"] = str(error)
+        if other.options.accuracy:
+            try:
+                entry["accuracy_difference"] = _estimate_json(paired_accuracy(evaluations[0], other))
+            except ValueError as error:
+                entry["accuracy_not_comparable"] = str(error)
         compared.append(entry)
     return {"evaluations": [_evaluation_json(e) for e in evaluations], "paired_differences": compared}
 
@@ -88,6 +132,23 @@ def _evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "train_bits_per_dim": None if train is None else _estimate_json(estimate(train)),
         "no_gap_because": evaluation.no_gap_because or None,
         "train_test_gap": None if gap is None else _estimate_json(gap),
+        **({"bayes_accuracy": _accuracy_json(evaluation)} if options.accuracy else {}),
+    }
+
+
+def _accuracy_json(evaluation: Evaluation) -> dict[str, Any] | None:
+    """The accuracy with all that it depends on; None for a model without classes."""
+    accuracy = evaluation.accuracy
+    if accuracy is None:
+        return None
+    return {
+        "accuracy": accuracy.value,
+        "interval_95": list(accuracy.interval),
+        "interval": "wilson",
+        "correct": int(accuracy.correct.sum()),
+        "num_images": len(accuracy.correct),
+        "draws": evaluation.options.draws,
+        "prior": dict(zip(evaluation.bundle.config.class_names, accuracy.prior, strict=True)),
     }
 
 

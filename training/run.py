@@ -15,6 +15,7 @@ from rich.console import Console
 from model.bundle import Bundle, BundleConfig, BundleError, read_bundle
 from model.weights import update_bundle, write_bundle
 from training.card import RunFacts, evaluation_section, render_card, with_evaluation
+from training.classes import class_frequencies
 from training.config import TrainConfig
 from training.data import Images
 from training.hardware import describe_hardware
@@ -130,6 +131,7 @@ class Run:
             flow=config.flow,
             noise=config.noise,
             class_names=config.class_names,
+            class_prior=class_frequencies(trainer.images, config.flow.num_classes),
             training={
                 "optimization": config.optimization.to_dict(),
                 "data": {

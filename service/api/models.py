@@ -40,7 +40,8 @@ async def describe_model(name: str, context: ContextDependency) -> dict[str, Any
 
     ``convergence`` says how its iterations converge, as ``tarflow tune`` measured it: ``gain`` is the largest backward
     error of an image per residual at which it stopped, ``floor`` that of sequential float32 decoding, ``tolerance``
-    where the iterations were counted. Only a tuned model is iterated with solver auto.
+    where the iterations were counted. Only a tuned model is iterated with solver auto. ``class_prior`` is p(y) of each
+    class as /v1/classify uses it: the frequencies in training, or uniform where the bundle has none.
     """
     model = await context.model(name)
     default = (await context.model(None)).name
@@ -52,6 +53,7 @@ async def describe_model(name: str, context: ContextDependency) -> dict[str, Any
             "patch_dim": model.flow.patch_dim,
         },
         "class_names": list(model.class_names),
+        "class_prior": list(model.class_prior),
         "noise": {**model.noise.to_dict(), "meaning": model.noise.meaning},
         "recommended": model.sampling.to_dict(),
         "convergence": {"tuned": model.convergence is not None, **(model.convergence or {})},

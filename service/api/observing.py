@@ -11,8 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.envelope import OUTCOME, render
 from service.errors import BodyTooLarge
+from service.jobs import Op
 from service.metrics import ServiceMetrics
 
+OPERATIONS = frozenset(map(str, Op))
+"""Names of the routes that are counted."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -56,7 +59,7 @@ class Observing:
     def _count(self, scope: Scope, seconds: float, *, finished: bool) -> None:
         """Count requests of the model's operations: those below /v1 that are not lists or descriptions."""
         route = getattr(scope.get("route"), "name", "")
-        if route not in ("sample", "decode", "denoise", "score", "encode"):
+        if route not in OPERATIONS:
             return
         state = scope.get("state", {})
         error, model = state.get("error"), state.get("model", "")

@@ -29,6 +29,7 @@ MOST_ITEMS = 4096
 body of millions of wrong values must not become millions of error records."""
 BlockNumber = Annotated[StrictInt, Field(ge=0, le=LONGEST_AXIS)]
 Seed = Annotated[StrictInt, Field(ge=0, le=MAX_SEED)]
+Draws = Annotated[StrictInt, Field(ge=1, description="Noise draws per image; more give a steadier (or tighter) value.")]
 ClassField = Annotated[
     StrictStr | StrictInt | None,
     Field(
@@ -156,23 +157,28 @@ class ImagesRequest(_Strict):
         description="Image files in base64 (data: URLs are fine too).",
     )
     model: StrictStr | None = Field(None, description="Name of the model; by default the service's first.")
-    class_: ClassField = None
     seed: Seed = Field(0, description="Seed of the noise; the same for all images, so scores don't depend on order.")
 
 
-class ScoreRequest(ImagesRequest):
+class GivenClassRequest(ImagesRequest):
+    """Images to look at given a class, or none."""
+
+    class_: ClassField = None
+
+
+class ScoreRequest(GivenClassRequest):
     """How likely are these images?"""
 
-    draws: StrictInt = Field(1, ge=1, description="Noise draws per image; more give a steadier (or tighter) value.")
+    draws: Draws = 1
 
 
-class EncodeRequest(ImagesRequest):
+class EncodeRequest(GivenClassRequest):
     """Images to latents."""
 
     add_noise: StrictBool = Field(False, description="Add the model's training noise before encoding.")
 
 
-class DenoiseRequest(ImagesRequest):
+class DenoiseRequest(GivenClassRequest):
     """Noisy images to clean ones."""
 
     add_noise: StrictBool = Field(False, description="Add the model's training noise before denoising.")

@@ -24,6 +24,7 @@ from service.api.schemas import (
 from service.api.uploads import fit_uploads, read_images
 from service.errors import InvalidRequest
 from service.jobs import ModelInfo, Op
+from service.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
@@ -34,7 +35,7 @@ NON_FINITE = Notice(code="non_finite", message="the model gave a value that is n
 CLEAN_MEANING = "density of the image itself, without the noise of training; not comparable with /v1/score"
 
 
-def _protocol(model: ModelInfo, draws: int, seed: int) -> Protocol:
+def protocol_of(model: ModelInfo, draws: int, seed: int) -> Protocol:
     """What a likelihood from so many noise draws means; 0 for the image itself."""
     return Protocol(
         noise=model.noise.kind,
@@ -43,6 +44,12 @@ def _protocol(model: ModelInfo, draws: int, seed: int) -> Protocol:
         seed=seed if draws else None,
         meaning=model.noise.meaning if draws else CLEAN_MEANING,
     )
+
+
+def check_draws(draws: int, settings: Settings) -> None:
+    """Refuse more noise draws than one image may have."""
+    if draws > settings.max_draws:
+        raise InvalidRequest(f"draws: got {draws}, allowed are 1 to {settings.max_draws}", param="draws")
 
 
 router = APIRouter(prefix="/v1", tags=["likelihood"], responses=ERRORS)
@@ -56,14 +63,13 @@ async def score(request: Request, context: ContextDependency) -> ScoreResponse:
     body, uploads = await read_images(request, ScoreRequest, context.settings)
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
-    if body.draws > context.settings.max_draws:
-        raise InvalidRequest(f"draws: got {body.draws}, allowed are 1 to {context.settings.max_draws}", param="draws")
+    check_draws(body.draws, context.settings)
     await context.broker.check(model.name, cost_of(model, len(uploads), body.draws))
     inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed}
     job = new_job(model, Op.SCORE, payload, len(uploads), passes=body.draws)
     result, timing = await run(context, job)
-    protocol = _protocol(model, body.draws, body.seed)
+    protocol = protocol_of(model, body.draws, body.seed)
     images = []
     for i, changes in enumerate(inputs.changes):
         nats, spread, bits = (
@@ -99,7 +105,7 @@ async def encode(request: Request, context: ContextDependency) -> EncodeResponse
     inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
     job = new_job(model, Op.ENCODE, payload, len(uploads))
-    protocol = _protocol(model, int(body.add_noise), body.seed)
+    protocol = protocol_of(model, int(body.add_noise), body.seed)
     result, timing = await run(context, job)
     images = []
     for i, changes in enumerate(inputs.changes):

@@ -1,7 +1,8 @@
-"""Score and encode jobs: many jobs' images in common batches, one parallel pass each."""
+"""Score, classify and encode jobs: many jobs' images in common batches, one parallel pass each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.bayes import every_label, posterior
 from model.flow import NO_CLASS
 from model.likelihood import add_noise, bits_per_dim, centre_draw, combine_draws, encode, log_likelihood
 from model.noise import input_noise
@@ -19,10 +21,17 @@ from service.worker.loading import LoadedModel
 Arrays = dict[str, NDArray[Any]]
 
 
+def _labels(model: LoadedModel, job: Job) -> tuple[int, ...]:
+    """The labels that each image of a job is scored with: its one, or to classify none and every class."""
+    if job.op is Op.CLASSIFY:
+        return every_label(model.flow.config.num_classes)
+    label = job.payload["label"]
+    return (NO_CLASS if label is None else int(label),)
+
+
 def _noisy_rows(model: LoadedModel, job: Job) -> Iterator[tuple[Tensor, int]]:
-    """The rows of a job, draw by draw: continuous image (C, H, W) and label."""
-    payload = job.payload
-    label = NO_CLASS if payload["label"] is None else int(payload["label"])
+    """The rows of a job, draw by draw, image by image, label by label: continuous image (C, H, W) and label."""
+    payload, labels = job.payload, _labels(model, job)
     pixels = torch.from_numpy(payload["pixels"].copy())
     draws = int(payload.get("draws", 1))
     for draw in range(draws):
@@ -31,7 +40,8 @@ def _noisy_rows(model: LoadedModel, job: Job) -> Iterator[tuple[Tensor, int]]:
             # One draw at a time: K draws of large images together would not fit.
             noise = input_noise(model.noise.kind, int(payload["seed"]), 1, tuple(pixels.shape[1:]), first=draw)[0]
         for image in pixels:
-            yield add_noise(image, model.noise, noise), label
+            noisy = add_noise(image, model.noise, noise)
+            yield from ((noisy, label) for label in labels)
 
 
 def _batches(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -57,20 +67,42 @@ def _batches(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> Iterat
 
 
 @torch.no_grad()
-def score(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Arrays]:
-    """Per job: log_likelihood (n,) nats, its spread over draws (n,), bits_per_dim (n,), as float64."""
+def _log_likelihoods(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Tensor]:
+    """Per job: nats (draws, n, labels) float64 of every draw and image given every label."""
     batches = _batches(model, jobs, batch_rows)
     nats = torch.cat([log_likelihood(model.flow, x, y).double().cpu() for x, y in batches])
-    results, start = [], 0
-    for job in jobs:
-        draws = int(job.payload["draws"])
-        by_draw = nats[start : start + draws * job.rows].view(draws, job.rows)
-        start += draws * job.rows
+    shapes = [(int(job.payload["draws"]), job.rows, len(_labels(model, job))) for job in jobs]
+    parts = nats.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def score(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Arrays]:
+    """Per job: log_likelihood (n,) nats, its spread over draws (n,), bits_per_dim (n,), as float64."""
+    results = []
+    for nats in _log_likelihoods(model, jobs, batch_rows):
+        by_draw = nats[..., 0]
         combined = combine_draws(by_draw, model.noise)
-        spread = by_draw.std(dim=0) if draws > 1 else torch.zeros(job.rows, dtype=torch.float64)
+        spread = by_draw.std(dim=0) if len(by_draw) > 1 else torch.zeros_like(combined)
         bits = torch.as_tensor(bits_per_dim(combined, model.flow.config.num_dims, model.noise))
         results.append(
             {"log_likelihood": combined.numpy(), "log_likelihood_std": spread.numpy(), "bits_per_dim": bits.numpy()}
+        )
+    return results
+
+
+def classify(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Arrays]:
+    """Per job, as float64: probability and log_likelihood (n, Y) of every class, log_marginal and
+    log_likelihood_no_class (n,), in nats."""
+    results = []
+    for nats in _log_likelihoods(model, jobs, batch_rows):
+        found = posterior(nats[..., 1:], model.info.class_prior, model.noise)
+        results.append(
+            {
+                "probability": found.probability_BY.numpy(),
+                "log_likelihood": found.log_likelihood_BY.numpy(),
+                "log_marginal": found.log_marginal_B.numpy(),
+                "log_likelihood_no_class": combine_draws(nats[..., 0], model.noise).numpy(),
+            }
         )
     return results
 
@@ -87,4 +119,4 @@ def encode_images(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> l
     ]
 
 
-RUN = {Op.SCORE: score, Op.ENCODE: encode_images}
+RUN = {Op.SCORE: score, Op.CLASSIFY: classify, Op.ENCODE: encode_images}

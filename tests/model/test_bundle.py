@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.bundle import (
+    BUNDLED,
     CARD,
     CONFIG,
     MANIFEST,
@@ -91,6 +92,20 @@ class TestRoundTrip:
         state = flow.state_dict()
         assert loaded.state_dict().keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+    def test_a_class_prior_comes_back_and_makes_another_model(self, flow: Flow, bundle: Bundle, tmp_path: Path) -> None:
+        prior = (0.5, 0.3, 0.2)
+        read = write_bundle(tmp_path / "prior", bundle_config(flow, class_prior=prior), flow, SAMPLING, "card")
+        assert read.config.class_prior == read.config.prior == prior
+        assert read.model_id != bundle.model_id
+
+    def test_without_a_class_prior_it_is_uniform_and_nothing_is_written(self, make_flow: MakeFlow) -> None:
+        config = bundle_config(make_flow())
+        assert "class_prior" not in json.loads(config.to_json())
+        assert config.prior == (1 / 3, 1 / 3, 1 / 3)
+        assert bundle_config(make_flow(num_classes=0)).prior == ()
+        with pytest.raises(ValueError, match="class_prior: got 1 values, allowed is 0"):
+            bundle_config(make_flow(num_classes=0), class_prior=(1.0,))
 
     def test_half_precision_weights_load_as_float32(self, make_flow: MakeFlow, tmp_path: Path) -> None:
         flow = make_flow(dtype=torch.bfloat16)
@@ -352,3 +367,35 @@ def test_config_needs_as_many_names_as_classes() -> None:
     flow = FlowConfig(image_size=8, channels=1, patch_size=2, width=64, num_blocks=1, layers_per_block=1, num_classes=2)
     with pytest.raises(ValueError, match=r"class_names: got 1, allowed is 2 names"):
         BundleConfig(name="x", flow=flow, noise=NoiseProtocol(kind="uniform"), class_names=("a",))
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        ((0.5, 0.5), "class_prior: got 2 values, allowed is 3"),
+        ((0.5, 0.5, 0.0), r"class_prior\[2\]: got 0.0, allowed is a number above 0"),
+        ((0.5, -0.5, 1.0), r"class_prior\[1\]: got -0.5"),
+        ((0.5, float("nan"), 0.5), r"class_prior\[1\]: got nan"),
+        ((float("inf"), 0.5, 0.5), r"class_prior\[0\]: got inf"),
+        ((True, 0.5, 0.5), r"class_prior\[0\]: got True"),
+        (("1", 0.5, 0.5), r"class_prior\[0\]: got '1'"),
+        ((0.5, 0.3, 0.19), "class_prior: got values with sum 0.99, allowed is a sum of 1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_prior_is_refused(make_flow: MakeFlow, prior: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bundle_config(make_flow(), class_prior=prior)
+
+
+@pytest.mark.parametrize("prior", [None, 1, "abc", [0.5, 0.5], [[1], [2], [3]]])
+def test_a_damaged_prior_in_the_file_is_a_bundle_error(bundle: Bundle, prior: object) -> None:
+    edit_json(bundle.path / CONFIG, class_prior=prior)
+    rehash(bundle.path)
+    with pytest.raises(BundleDamaged, match=r"config\.json"):
+        read_bundle(bundle.path)
+
+
+def test_the_bundled_model_keeps_its_bytes() -> None:
+    bundle = read_bundle(BUNDLED / "fashion-mnist")
+    assert bundle.config.to_json() == (bundle.path / CONFIG).read_bytes()

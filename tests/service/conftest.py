@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -12,13 +13,16 @@ import pytest
 from model.bundle import BUNDLED, read_bundle
 from model.config import FlowConfig, NoiseProtocol
 from model.sampling.plan import BlockConvergence, ConvergenceProfile, segment_lengths
-from model.weights import update_bundle
+from model.weights import load_flow, update_bundle, write_bundle
 from service.local import import_checkpoint
 from tests.service.processes import ServerProcess
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 CLASSES = ("cat", "dog", "0", "fox", "owl")
 """Names of tiny-cond; one of them looks like the index of another."""
+
+PRIOR = (0.4, 0.3, 0.15, 0.1, 0.05)
+"""p(y) of tiny-uniform's classes."""
 
 Start = Callable[..., ServerProcess]
 
@@ -44,9 +48,19 @@ def convergence(flow: FlowConfig) -> ConvergenceProfile:
     )
 
 
+def set_prior(directory: Path, prior: tuple[float, ...]) -> None:
+    """Give an imported bundle a class prior, as training would."""
+    bundle = read_bundle(directory)
+    config = replace(bundle.config, class_prior=prior)
+    write_bundle(directory, config, load_flow(bundle), bundle.sampling, bundle.card)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundles: fashion-mnist, tiny-cond, tiny-uncond, tiny-uniform and tiny-vp; the first and the last are tuned."""
+    """Bundles: fashion-mnist, tiny-cond, tiny-uncond, tiny-uniform and tiny-vp; the first and the last are tuned.
+
+    tiny-uniform has a class prior that is not uniform.
+    """
     directory = tmp_path_factory.mktemp("models")
     shutil.copytree(BUNDLED / "fashion-mnist", directory / "fashion-mnist")
     gaussian = NoiseProtocol(kind="gaussian", std=0.05)
@@ -57,6 +71,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tiny-vp", "tiny_uncond_vp", gaussian, None),
     ):
         import_checkpoint(REFERENCE / f"{checkpoint}.pth", directory / name, noise, name=name, class_names=classes)
+    set_prior(directory / "tiny-uniform", PRIOR)
     for name in ("fashion-mnist", "tiny-vp"):
         bundle = read_bundle(directory / name)
         if bundle.convergence is None:

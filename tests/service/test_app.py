@@ -126,11 +126,25 @@ async def test_a_full_queue_is_429(models: Path) -> None:
         assert 'outcome="rate_limited"' in (await client.get("/metrics")).text
 
 
+async def test_classifying_costs_a_pass_for_every_class_and_none(models: Path) -> None:
+    """The whole cost is refused at the door, before an image is decoded."""
+    app = make(models, request_timeout=0.5, max_queue_cost=1 + 2 * 16 * (5 + 1) * 3)
+    await app.state.broker.submit(Job(id="a", op=Op.SAMPLE, model="tiny-cond", payload={}, rows=1, cost=1))
+    body = {"model": "tiny-cond", "images": ["aGk="] * 2, "draws": 3}
+    async with connect(app) as client:
+        assert (await client.post("/v1/classify", json=body)).json()["error"]["code"] == "invalid_image"
+        await app.state.broker.submit(Job(id="b", op=Op.SAMPLE, model="tiny-cond", payload={}, rows=1, cost=1))
+        response = await client.post("/v1/classify", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+        assert f"this request costs {2 * 16 * 6 * 3}" in response.json()["error"]["message"]
+
+
 async def test_limits_are_settings(models: Path) -> None:
     async with connect(make(models, max_images=2, max_draws=1, default_model="tiny-vp")) as client:
         for path, body in (
             ("/v1/sample", {"num_images": 3}),
             ("/v1/score", {"images": ["x"], "draws": 2}),
+            ("/v1/classify", {"images": ["x"], "draws": 2}),
             ("/v1/score", {"images": ["aGk="] * 3}),
         ):
             response = await client.post(path, json=body)

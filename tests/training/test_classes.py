@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training.classes import match_labels, resolve_classes
+from training.classes import class_frequencies, match_labels, resolve_classes
 from training.config import TrainConfig
 from training.data import DataError, Images
 
@@ -69,3 +69,17 @@ def test_a_split_may_lack_classes_but_not_add_any(images: Images) -> None:
     assert set(match_labels(only_right, ("left", "right"), "m").labels) == {1}
     with pytest.raises(DataError, match="label 1"):
         match_labels(images, ("left",), "m")
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_classes", "expected"),
+    [
+        ([0, 1, 1, 1], 2, (0.25, 0.75)),
+        # A class without images: each counts one more.
+        ([0, 2, 2], 3, (2 / 6, 1 / 6, 3 / 6)),
+        ([0, 1], 0, ()),
+    ],
+)
+def test_frequencies_of_the_classes(labels: list[int], num_classes: int, expected: tuple[float, ...]) -> None:
+    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), np.array(labels, np.int64))
+    assert class_frequencies(images, num_classes) == pytest.approx(expected)

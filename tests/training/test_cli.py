@@ -138,6 +138,24 @@ def test_two_bundles_are_compared(preset_file: Path, idx_data: Path, tmp_path: P
     assert low < high
 
 
+def test_accuracy_of_one_bundle_and_of_two(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    bundles = []
+    for seed in (0, 1):
+        invoke("train", preset_file, "--data", idx_data, "--out", tmp_path / str(seed), "--epochs", 1, "--seed", seed)
+        bundles.append(tmp_path / str(seed) / "bundle")
+    command = ("--data", idx_data, "--accuracy", "--batch-size", 7)
+    text, _ = invoke("evaluate", bundles[0], *command, "--write-card")
+    (line,) = [line.strip() for line in text.splitlines() if "Bayes accuracy" in line]
+    assert "95% Wilson interval" in line
+    assert f"- {line}" in read_bundle(bundles[0]).card
+    document = json.loads(invoke("evaluate", *bundles, *command, "--json")[0])
+    shares = [evaluation["bayes_accuracy"]["accuracy"] for evaluation in document["evaluations"]]
+    assert document["paired_differences"][0]["accuracy_difference"]["mean"] == pytest.approx(shares[1] - shares[0])
+    text, _ = invoke("evaluate", *bundles, *command)
+    assert text.count("Bayes accuracy: ") == 2
+    assert "paired difference of accuracy, tiny" in text
+
+
 @pytest.fixture
 def many_images(tmp_path: Path, make_images: Callable[..., Images], write_idx: Callable[..., Path]) -> Path:
     """Data with a test split for a covariance of 64 features."""

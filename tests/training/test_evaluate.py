@@ -19,13 +19,16 @@ from model.flow import Flow
 from model.likelihood import add_noise, bits_per_dim, log_likelihood
 from model.noise import input_noise
 from model.weights import load_flow, write_bundle
+from training.accuracy import recognize_images
 from training.classes import resolve_classes
 from training.config import TrainConfig
 from training.data import DataError, Images, load_images
 from training.evaluate import (
+    Estimate,
     EvaluationOptions,
     estimate,
     evaluate_bundle,
+    paired_accuracy,
     paired_difference,
     sample_images,
     score_images,
@@ -183,3 +186,87 @@ def test_figures_of_different_protocols_are_not_subtracted(bundle: Bundle, idx_d
         paired_difference(*evaluations)
     assert "not comparable" in differences(evaluations)[0]
     assert "not_comparable" in to_json(evaluations)["paired_differences"][0]
+
+
+def test_accuracy_comes_when_it_is_asked_for(bundle: Bundle, idx_data: Path) -> None:
+    plain = evaluate_bundle(bundle, idx_data, OPTIONS, CPU)
+    assert plain.accuracy is None
+    assert "ccuracy" not in "\n".join(lines(plain)) + str(to_json([plain, plain])) + str(differences([plain, plain]))
+    seen: list[tuple[int, int]] = []
+    options = EvaluationOptions(accuracy=True, draws=2, seed=5, batch_size=8)
+    evaluation = evaluate_bundle(bundle, idx_data, options, CPU, lambda done, total: seen.append((done, total)))
+    # 20 images, 20 to compare with, and 20 given each of two classes.
+    assert seen[-1] == (80, 80)
+    assert evaluation.accuracy is not None
+    images = load_images(idx_data, "test", 8, 1)
+    expected = recognize_images(
+        load_flow(bundle), images, bundle.config.noise, bundle.config.prior, draws=2, seed=5, batch_size=20
+    )
+    assert np.array_equal(evaluation.accuracy.correct, expected.correct)
+    np.testing.assert_array_equal(
+        evaluation.bits, evaluate_bundle(bundle, idx_data, replace(options, accuracy=False), CPU).bits
+    )
+    (line,) = [line for line in lines(evaluation) if line.startswith("Bayes accuracy: ")]
+    low, high = expected.interval
+    for text in (f"{expected.value:.2%}", f"{low:.2%} to {high:.2%}", "20 images", "2 noise draws", "a uniform prior"):
+        assert text in line
+    assert f"- {line}" in markdown(evaluation)
+    document = to_json([evaluation])["evaluations"][0]["bayes_accuracy"]
+    assert document["accuracy"] == expected.value
+    assert document["interval_95"] == [low, high]
+    assert (document["num_images"], document["draws"], document["prior"]) == (20, 2, {"0": 0.5, "1": 0.5})
+
+
+def test_accuracy_uses_and_tells_the_bundle_s_prior(bundle: Bundle, idx_data: Path, tmp_path: Path) -> None:
+    config = replace(bundle.config, class_prior=(1e-9, 1 - 1e-9))
+    flow = Flow(config.flow)
+    skewed = write_bundle(tmp_path / "skewed", config, flow, bundle.sampling, "")
+    evaluation = evaluate_bundle(skewed, idx_data, EvaluationOptions(accuracy=True), CPU)
+    assert evaluation.accuracy is not None
+    assert np.array_equal(evaluation.accuracy.correct, load_images(idx_data, "test", 8, 1).labels == 1)
+    assert "the bundle's prior (0 1e-09, 1 1)" in lines(evaluation)[-1]
+
+
+def test_accuracy_without_giving_classes_to_the_scores(bundle: Bundle, idx_data: Path) -> None:
+    options = EvaluationOptions(accuracy=True, ignore_classes=True)
+    evaluation = evaluate_bundle(bundle, idx_data, options, CPU)
+    given = evaluate_bundle(bundle, idx_data, replace(options, ignore_classes=False), CPU)
+    assert not evaluation.conditional
+    assert evaluation.accuracy is not None
+    assert given.accuracy is not None
+    assert np.array_equal(evaluation.accuracy.correct, given.accuracy.correct)
+
+
+def test_a_model_without_classes_has_no_accuracy(bundle: Bundle, idx_data: Path, tmp_path: Path) -> None:
+    config = BundleConfig(
+        name="plain", flow=replace(bundle.config.flow, num_classes=0), noise=bundle.config.noise, class_names=()
+    )
+    plain = write_bundle(tmp_path / "plain", config, Flow(config.flow), bundle.sampling, "")
+    options = EvaluationOptions(accuracy=True)
+    ours, theirs = (evaluate_bundle(b, idx_data, options, CPU) for b in (bundle, plain))
+    assert theirs.accuracy is None
+    assert lines(theirs)[-1] == "Bayes accuracy: none, the model has no classes"
+    assert to_json([theirs])["evaluations"][0]["bayes_accuracy"] is None
+    for pair in ([ours, theirs], [theirs, ours]):
+        assert "plain has no Bayes accuracy" in differences(pair)[-1]
+        assert "accuracy_not_comparable" in to_json(pair)["paired_differences"][0]
+
+
+def test_the_paired_difference_of_accuracy(bundle: Bundle, idx_data: Path, tmp_path: Path) -> None:
+    other = other_bundle(bundle, UNIFORM, tmp_path / "other")
+    options = EvaluationOptions(accuracy=True)
+    ours, theirs = (evaluate_bundle(b, idx_data, options, CPU) for b in (bundle, other))
+    assert ours.accuracy is not None
+    assert theirs.accuracy is not None
+    difference = paired_accuracy(ours, theirs)
+    assert difference.mean == pytest.approx(theirs.accuracy.value - ours.accuracy.value)
+    assert paired_accuracy(ours, ours) == Estimate(0, 0)
+    # The protocols differ, so that bits/dim are not comparable; what is recognized is.
+    not_bits, points = differences([ours, theirs])
+    assert "not comparable" in not_bits
+    assert f"{100 * difference.mean:+.2f} points" in points
+    document = to_json([ours, theirs])["paired_differences"][0]
+    assert document["accuracy_difference"]["mean"] == difference.mean
+    strangers = replace(theirs, bundle=replace(other, config=replace(other.config, class_names=("a", "b"))))
+    with pytest.raises(ValueError, match="different classes"):
+        paired_accuracy(ours, strangers)

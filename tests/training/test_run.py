@@ -123,3 +123,12 @@ def test_class_folders_of_photographs(config: TrainConfig, folder_data: Path, tm
     bundle = read_bundle(tmp_path / "run" / "bundle")
     assert bundle.config.class_names == ("cat", "dog")
     assert np.isfinite([line["loss"] for line in read_log(tmp_path / "run")]).all()
+
+
+def test_the_bundle_has_the_frequencies_of_the_images_that_were_used(
+    config: TrainConfig, images: Images, tmp_path: Path
+) -> None:
+    # Of the last 4 images, the holdout, two are of class 1.
+    images.labels[:30] = 0
+    make_run(config.with_overrides(epochs=1), images, tmp_path / "run").execute()
+    assert read_bundle(tmp_path / "run" / "bundle").config.class_prior == (35 / 40, 5 / 40)

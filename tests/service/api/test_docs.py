@@ -27,7 +27,7 @@ def test_every_example_works(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     examples = list(_examples(document))
     posts = {path for path, operations in document["paths"].items() if "post" in operations}
-    assert posts == {"/v1/sample", "/v1/score", "/v1/encode", "/v1/decode", "/v1/denoise"}
+    assert posts == {"/v1/sample", "/v1/score", "/v1/classify", "/v1/encode", "/v1/decode", "/v1/denoise"}
     assert {path for path, _ in examples} == posts
     for path, body in examples:
         response = client.post(path, json=body)
@@ -50,7 +50,7 @@ def test_the_page_is_there(client: httpx.Client) -> None:
 
 def test_files_are_documented_as_files(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
-    for path in ("/v1/score", "/v1/encode", "/v1/denoise"):
+    for path in ("/v1/score", "/v1/classify", "/v1/encode", "/v1/denoise"):
         schema = document["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
         assert schema["required"] == ["files"]
         assert "seed" in schema["properties"]

@@ -30,6 +30,7 @@ def test_a_description_is_that_of_the_bundle(client: httpx.Client, models: Path)
     assert body["hash"] == bundle.model_id
     assert body["class_names"] == list(CLASSES)
     assert body["num_classes"] == 5
+    assert body["class_prior"] == [0.2] * 5
     assert body["image"] == {"size": 16, "channels": 3}
     assert body["architecture"] == {**bundle.config.flow.to_dict(), "num_patches": 16, "patch_dim": 48}
     assert body["noise"] == {"kind": "gaussian", "std": 0.05, "meaning": bundle.config.noise.meaning}
@@ -44,6 +45,12 @@ def test_a_tuned_model_says_how_it_converges(client: httpx.Client, models: Path)
     assert profile is not None
     expected = {"tuned": True, "gain": profile.gain, "floor": profile.floor, "tolerance": profile.tolerance}
     assert client.get("/v1/models/tiny-vp").json()["convergence"] == expected
+
+
+def test_a_prior_is_always_numbers(client: httpx.Client, models: Path) -> None:
+    skewed = client.get("/v1/models/tiny-uniform").json()
+    assert skewed["class_prior"] == list(read_bundle(models / "tiny-uniform").config.class_prior)
+    assert client.get("/v1/models/tiny-uncond").json()["class_prior"] == []
 
 
 def test_every_model_can_be_described(client: httpx.Client) -> None:

@@ -36,7 +36,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-@pytest.mark.parametrize("endpoint", ["score", "encode", "denoise"])
+@pytest.mark.parametrize("endpoint", ["score", "classify", "encode", "denoise"])
 def test_a_bad_image_is_refused_by_name(client: httpx.Client, what: str, endpoint: str) -> None:
     data, code = BAD[what]
     files = [("files", ("good.png", GOOD)), ("files", ("bad.dat", data))]

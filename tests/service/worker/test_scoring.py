@@ -1,4 +1,4 @@
-"""Score batches: how rows are put together changes nothing, and large models get small ones."""
+"""Score and classify batches: how rows are put together changes nothing, and large models get small ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.flow import Flow
 from model.sampling.sampler import Sampler
 from service.jobs import Job, Op
 from service.worker.loading import LoadedModel
-from service.worker.scoring import encode_images, score
+from service.worker.scoring import classify, encode_images, score
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def tiny(models: Path) -> LoadedModel:
 def job(op: Op, rows: int, draws: int, label: int | None) -> Job:
     pixels = np.random.default_rng(rows).integers(0, 256, (rows, 3, 16, 16), dtype=np.uint8)
     payload = {"pixels": pixels, "label": label, "draws": draws, "seed": 1, "add_noise": True}
-    payload = payload if op is Op.SCORE else {name: value for name, value in payload.items() if name != "draws"}
+    payload = {name: value for name, value in payload.items() if op is not Op.ENCODE or name != "draws"}
     return Job(id=f"{rows}", op=op, model="tiny-cond", payload=payload, rows=rows, cost=1)
 
 
@@ -37,6 +37,24 @@ def test_scores_do_not_depend_on_the_batches(tiny: LoadedModel) -> None:
             assert together.keys() == expected.keys()
             for name, values in together.items():
                 np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-2)
+
+
+def test_classes_do_not_depend_on_the_batches_and_are_those_of_scores(tiny: LoadedModel) -> None:
+    shapes = [(3, 2), (1, 1), (2, 3)]
+    jobs = [job(Op.CLASSIFY, rows, draws, None) for rows, draws in shapes]
+    alone = [classify(tiny, [one], 64)[0] for one in jobs]
+    for batch_rows in (1, 4, 64):
+        for together, expected in zip(classify(tiny, jobs, batch_rows), alone, strict=True):
+            assert together.keys() == expected.keys()
+            for name, values in together.items():
+                np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-2)
+    for (rows, draws), arrays in zip(shapes, alone, strict=True):
+        assert {values.dtype for values in arrays.values()} == {np.dtype(np.float64)}
+        for y in range(5):
+            [scored] = score(tiny, [job(Op.SCORE, rows, draws, y)], 64)
+            np.testing.assert_allclose(arrays["log_likelihood"][:, y], scored["log_likelihood"], rtol=1e-5)
+        [scored] = score(tiny, [job(Op.SCORE, rows, draws, None)], 64)
+        np.testing.assert_allclose(arrays["log_likelihood_no_class"], scored["log_likelihood"], rtol=1e-5)
 
 
 def test_latents_do_not_depend_on_the_batches(tiny: LoadedModel) -> None:
