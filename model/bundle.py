@@ -5,6 +5,7 @@ A bundle is a directory::
     config.json         architecture, noise protocol, class names and prior, preprocessing, provenance
     model.safetensors   weights (see :mod:`model.weights`)
     sampler.json        recommended sampling parameters, and how the solvers converge (``tarflow tune``)
+    calibration.safetensors  optional: what is normal, for anomaly verdicts (``tarflow calibrate``)
     CARD.md             for people: data, recipe, figures
     samples.png         optional: a picture for the card
     manifest.json       sha256 of every file above, and when the bundle was first written
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +37,21 @@ CONFIG, WEIGHTS, SAMPLER, CARD, MANIFEST = (
     "manifest.json",
 )
 SAMPLES = "samples.png"
+CALIBRATION = "calibration.safetensors"
 PRIOR_TOLERANCE = 1e-6
 """How far the sum of a class prior may be from 1."""
 PREPROCESSING = {"resize": "shorter-side-bicubic", "crop": "center", "range": [-1, 1]}
 BUNDLED = Path(__file__).parent / "bundled"
 """Models that come with the package."""
+
+
+NAMES = "1 to 100 of the characters a-z A-Z 0-9 . _ -, not starting with a dot"
+"""What models and calibrations may be called: a name is also that of a file, and a part of an address."""
+
+
+def is_name(text: str) -> bool:
+    """Whether a text is :data:`NAMES`."""
+    return re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", text, re.ASCII) is not None
 
 
 class BundleError(ValueError):
@@ -86,12 +98,8 @@ class BundleConfig:
     """Provenance: free-form record of how the weights were made."""
 
     def __post_init__(self) -> None:
-        allowed = "1 to 100 of the characters a-z A-Z 0-9 . _ -, not starting with a dot"
-        valid = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-        if not (isinstance(self.name, str) and 0 < len(self.name) <= 100 and set(self.name) <= valid):
-            raise ValueError(f"name: got {self.name!r}, allowed is {allowed}")
-        if self.name.startswith("."):
-            raise ValueError(f"name: got {self.name!r}, allowed is {allowed}")
+        if not (isinstance(self.name, str) and is_name(self.name)):
+            raise ValueError(f"name: got {self.name!r}, allowed is {NAMES}")
         names = self.class_names
         if len(names) != self.flow.num_classes or not all(isinstance(n, str) and n for n in names):
             raise ValueError(
@@ -190,6 +198,8 @@ class Bundle:
     """When the bundle was first written, in seconds since 1970 (UTC)."""
     convergence: ConvergenceProfile | None = None
     """How the solvers converge; None for a bundle that was not tuned."""
+    calibration: bytes | None = None
+    """The content of calibration.safetensors (:class:`model.anomaly.calibration.Calibration`); None without one."""
 
     @property
     def name(self) -> str:
@@ -274,6 +284,7 @@ def read_bundle(directory: Path) -> Bundle:
         files=tuple(sorted(hashes)),
         created=created,
         convergence=convergence,
+        calibration=content.get(CALIBRATION),
     )
 
 

@@ -32,7 +32,7 @@ def denoise(flow: Flow, x_BTD: Tensor, y_B: Tensor | None, std: float, rows_per_
     while len(pending):
         group, pending = pending[:rows_per_slice], pending[rows_per_slice:]
         labels = None if y_B is None else y_B[group]
-        steps = _log_density_gradient(flow, x_BTD[group], labels)
+        steps = log_density_gradient(flow, x_BTD[group], labels)
         gradient = None
         while gradient is None:
             gradient = next(steps)
@@ -47,7 +47,7 @@ def denoise(flow: Flow, x_BTD: Tensor, y_B: Tensor | None, std: float, rows_per_
 
 
 @torch.no_grad()
-def _log_density_gradient(flow: Flow, x_BTD: Tensor, y_B: Tensor | None) -> Iterator[Tensor | None]:
+def log_density_gradient(flow: Flow, x_BTD: Tensor, y_B: Tensor | None) -> Iterator[Tensor | None]:
     """∇_x log p(x | y) (B, T, D) as the last item; ``None`` after each block on the way there."""
     inputs = []
     for block in flow.blocks:

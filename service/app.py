@@ -13,6 +13,7 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from service.api import classifying, envelope, health, models, sampling, scoring
 from service.api.observing import Observing
 from service.broker.base import Broker
+from service.calibrations import CalibrationStore
 from service.metrics import ServiceMetrics
 from service.settings import Settings
 
@@ -47,6 +48,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.settings, app.state.broker = settings, broker
+    app.state.calibrations = CalibrationStore(settings.state)
     app.state.metrics = ServiceMetrics()
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)
     app.state.draining, app.state.restarts = draining, restarts

@@ -63,7 +63,7 @@ def _with_setting_flags(function: Any) -> Any:
     parameters, annotations = [], {}
     for name, field in Settings.model_fields.items():
         kind: Any = next((kind for kind in (int, float, Path) if field.annotation is kind), str)
-        known = "" if name == "models" or field.default is None else f" (default: {field.default})"
+        known = "" if name in ("models", "state") or field.default is None else f" (default: {field.default})"
         option = Annotated[Optional[kind], typer.Option(help=f"{field.description}{known}")]  # noqa: UP045
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
         annotations[name] = option

@@ -108,6 +108,8 @@ class ModelInfo:
     training: Mapping[str, Any] = field(default_factory=dict)
     convergence: Mapping[str, float] | None = None
     """How its solvers converge, in short: gain, floor, tolerance; None for a model that was not tuned."""
+    calibration: bytes | None = None
+    """The bundle's own calibration, as its file; None for a bundle without one."""
 
     @classmethod
     def of(cls, bundle: Bundle) -> ModelInfo:
@@ -124,6 +126,7 @@ class ModelInfo:
             card=bundle.card,
             created=bundle.created,
             training=config.training,
+            calibration=bundle.calibration,
             convergence=None
             if profile is None
             else {"gain": profile.gain, "floor": profile.floor, "tolerance": profile.tolerance},

@@ -6,6 +6,7 @@ Nothing is read at import time: :class:`Settings` is built once, at the entry po
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,12 @@ from model.bundle import BUNDLED
 from model.images import DEFAULT_MAX_PIXELS
 
 
+def default_state() -> Path:
+    """Where programs keep their state: ``$XDG_STATE_HOME/tarflow``, or ``~/.local/state/tarflow``."""
+    home = os.environ.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "tarflow"
+
+
 class Settings(BaseSettings):
     """Settings of one service process and the workers it starts."""
 
@@ -24,6 +31,11 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all of the host's.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     models: Path = Field(BUNDLED, description="Directory whose bundle directories are served; by default the bundled.")
+    state: Path = Field(
+        default_factory=default_state,
+        description="Directory of what must outlive the service, such as calibrations; "
+        "by default tarflow in the user's state directory (XDG_STATE_HOME).",
+    )
     default_model: str | None = Field(None, description="Model of requests that name none; by default the first.")
     device: str = Field(
         "auto", description="cpu, cuda:N, several with commas, or auto: every GPU, or else the CPU. A worker each."

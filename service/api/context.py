@@ -9,6 +9,7 @@ from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from service.broker.base import Broker
+from service.calibrations import CalibrationStore
 from service.errors import InvalidRequest, NotFound, Unavailable
 from service.jobs import ModelInfo
 from service.metrics import ServiceMetrics
@@ -25,6 +26,7 @@ class Context:
         self.request = request
         self.settings: Settings = request.app.state.settings
         self.broker: Broker = request.app.state.broker
+        self.calibrations: CalibrationStore = request.app.state.calibrations
         self.metrics: ServiceMetrics = request.app.state.metrics
         self.decoding: CapacityLimiter = request.app.state.decoding
 

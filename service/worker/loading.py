@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.bundle import Bundle, find_bundles
+from model.anomaly.calibration import Calibration, CalibrationError
+from model.bundle import CALIBRATION, Bundle, BundleDamaged, find_bundles
 from model.config import NoiseProtocol, SamplingDefaults
 from model.denoise import ROWS_PER_SLICE, denoise
 from model.flow import Flow
@@ -46,6 +47,7 @@ class LoadedModel:
     @classmethod
     def load(cls, bundle: Bundle, device: torch.device) -> LoadedModel:
         """The weights in memory; nothing is measured yet. Raises a ``BundleError``."""
+        check_calibration(bundle)
         model = cls(ModelInfo.of(bundle), Sampler(load_flow(bundle, device), bundle.convergence), device)
         model.sampler.rows_per_pass = model.slice_rows(GUIDED_PASSES)
         return model
@@ -79,6 +81,17 @@ class LoadedModel:
             sampler.kernel, GUIDED_PASSES * most_rows, sampler.graphs, segments=sampler.profile is not None
         )
         sampler.rows_per_pass = self.slice_rows(GUIDED_PASSES)
+
+
+def check_calibration(bundle: Bundle) -> None:
+    """Raise ``BundleDamaged`` unless the bundle's own calibration, if it has one, is its own."""
+    if bundle.calibration is None:
+        return
+    path = bundle.path / CALIBRATION
+    try:
+        Calibration.from_bytes(bundle.calibration, str(path)).check_model(bundle.name, bundle.model_id)
+    except CalibrationError as error:
+        raise BundleDamaged(f"{path}: {error}") from error
 
 
 def load_models(directory: Path, device: torch.device, batch_rows: int) -> dict[str, LoadedModel]:

@@ -84,7 +84,12 @@ def test_the_commands_are_cheap_to_import_and_list() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
     )
     *presets, has_torch = result.stdout.splitlines()
-    assert [line.split(":")[0] for line in presets] == ["fashion-mnist", "photos-64", "toy-28"]
+    assert [line.split(":")[0] for line in presets] == [
+        "fashion-mnist",
+        "fashion-mnist-likelihood",
+        "photos-64",
+        "toy-28",
+    ]
     assert has_torch == "False"
 
 

@@ -1,0 +1,95 @@
+"""A Gaussian over many features from few images: robust scaling, then a shrunk covariance.
+
+The Mahalanobis distance under it is the classic score of a group of features that belong together. Ledoit and Wolf,
+"A well-conditioned estimator for large-dimensional covariance matrices" (J. Multivariate Analysis, 2004), say how far
+to shrink the sample covariance towards a multiple of the identity; plain numpy.
+
+Shape legend: N images, F features, R directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+MAD_TO_STD = 1.4826
+"""Standard deviation of a normal distribution over its median absolute deviation."""
+LEAST_SCALE = 0.1
+"""A scale is at least this share of the standard deviation: features that are mostly constant have no spread else."""
+FAR = 20.0
+"""Scaled features are cut off here; one wild value must not hide what the others say."""
+MOST_DIRECTIONS = 256
+"""Directions of largest variance that are kept; the others count with their mean variance."""
+
+
+def robust_scale(values_NF: ArrayLike) -> tuple[Floats, Floats]:
+    """Median (F,) and scale (F,): 1.4826 · MAD, with a floor that is above zero."""
+    values = np.asarray(values_NF, np.float64)
+    center = np.median(values, axis=0)
+    spread = MAD_TO_STD * np.median(np.abs(values - center), axis=0)
+    return center, np.maximum(spread, LEAST_SCALE * values.std(axis=0)) + 1e-6
+
+
+@dataclass(frozen=True)
+class ShrunkGaussian:
+    """Robust scaling and a covariance λ₀ I + Σ_r (λ_r − λ₀) v_r v_rᵀ of the scaled features."""
+
+    center_F: Floats
+    scale_F: Floats
+    mean_F: Floats
+    """Mean of the scaled features."""
+    directions_RF: Floats
+    """v_r, orthonormal."""
+    variances_R: Floats
+    """λ_r."""
+    base_variance: float
+    """λ₀, of every direction that is not kept."""
+
+    @classmethod
+    def fit(cls, values_NF: ArrayLike) -> ShrunkGaussian:
+        """Fit to features (N, F) of at least two images; values that are not finite are refused."""
+        values = np.asarray(values_NF, np.float64)
+        if values.ndim != 2 or len(values) < 2 or not np.isfinite(values).all():
+            raise ValueError(f"values_NF: got shape {values.shape}, allowed are finite features of two images or more")
+        center_F, scale_F = robust_scale(values)
+        scaled_NF = scaled(values, center_F, scale_F)
+        mean_F = scaled_NF.mean(axis=0)
+        centered_NF = scaled_NF - mean_F
+        count, num_features = centered_NF.shape
+        # The sample covariance through the singular values: N is often smaller than F.
+        _, singular_R, directions_RF = np.linalg.svd(centered_NF, full_matrices=False)
+        sample_R = singular_R**2 / count
+        total, mean_variance = float(sample_R.sum()), float(sample_R.sum()) / num_features
+        spread = float((sample_R**2).sum()) - num_features * mean_variance**2
+        # Σ_k ‖x_k x_kᵀ − S‖² / N², the sampling variance of S.
+        noise = (
+            float((centered_NF**2).sum(axis=1) @ (centered_NF**2).sum(axis=1)) / count - float((sample_R**2).sum())
+        ) / count
+        shrinkage = 1.0 if spread <= 0 else min(1.0, max(0.0, noise / spread))
+        kept = min(MOST_DIRECTIONS, len(sample_R))
+        rest = num_features - kept
+        others = (1 - shrinkage) * (total - float(sample_R[:kept].sum())) / rest if rest else 0.0
+        floor = shrinkage * mean_variance + 1e-9
+        return cls(
+            center_F, scale_F, mean_F, directions_RF[:kept], (1 - shrinkage) * sample_R[:kept] + floor, others + floor
+        )
+
+    def distance(self, values_NF: ArrayLike) -> Floats:
+        """Squared Mahalanobis distance over the number of features (N,): about one for images like those fitted.
+
+        Values that are not finite count as far.
+        """
+        off_NF = scaled(np.asarray(values_NF, np.float64), self.center_F, self.scale_F) - self.mean_F
+        along_NR = off_NF @ self.directions_RF.T
+        outside_N = (off_NF**2).sum(axis=1) - (along_NR**2).sum(axis=1)
+        inside_N = (along_NR**2 / self.variances_R).sum(axis=1)
+        return np.asarray((inside_N + outside_N / self.base_variance) / len(self.center_F))
+
+
+def scaled(values_NF: Floats, center_F: Floats, scale_F: Floats) -> Floats:
+    """Features off their centres in units of their scales, cut off at :data:`FAR`; not finite is far."""
+    return np.nan_to_num(np.clip((values_NF - center_F) / scale_F, -FAR, FAR), nan=FAR)

@@ -1,0 +1,94 @@
+"""What passes of a flow say about images, before any calibration: likelihood terms and what the network saw.
+
+All of it depends on the weights, the image and the noise alone, so that a worker can compute it whatever it is
+compared with; that (:mod:`model.anomaly.calibration`) needs no torch.
+
+Shape legend: B batch, C channels, T patches, D values per patch, K blocks, W width of the transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.anomaly.features import Statistics
+from model.config import NoiseProtocol
+from model.denoise import log_density_gradient
+from model.flow import Flow
+from model.likelihood import add_noise, bits_per_dim, prior_terms
+from model.noise import input_noise
+
+
+@torch.no_grad()
+def flow_statistics(flow: Flow, noise: NoiseProtocol, x_BTD: Tensor, y_B: Tensor | None = None) -> Statistics:
+    """The statistics of :mod:`model.anomaly.features`, all but ``gradient``, of continuous patches (B, T, D)."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.append(given[0].float())
+
+    # The last block looks at what is nearly noise; it tells shapes apart better than the first.
+    hook = flow.blocks[-1].proj_out.register_forward_pre_hook(keep)
+    try:
+        steps = flow.trace(x_BTD, y_B)
+    finally:
+        hook.remove()
+    log_scale_BKT = torch.stack([alpha.float().sum(dim=2) for _, alpha in steps], dim=1)
+    latent_BTD = (steps[-1][0] / flow.prior_variance.sqrt()).float()
+    states = [z.float() for z, _ in steps[:-1]] + [latent_BTD]
+    patch_nll_BT = log_scale_BKT.sum(dim=1) - prior_terms(steps[-1][0].float(), flow.prior_variance).sum(dim=2)
+    bits_B = torch.as_tensor(bits_per_dim(-patch_nll_BT.double().sum(dim=1), flow.config.num_dims, noise))
+    statistics = {
+        "bits": bits_B,
+        "patch_nll": patch_nll_BT,
+        "log_scale": log_scale_BKT,
+        "energy": torch.stack([z.square().sum(dim=2) for z in states], dim=1),
+        "latent": _latent_statistics(flow, latent_BTD),
+        "hidden": _pooled(seen[0]),
+    }
+    return {name: value.float().cpu().numpy() for name, value in statistics.items()}
+
+
+def gradient_statistics(flow: Flow, x_BTD: Tensor, y_B: Tensor | None = None) -> Statistics:
+    """``gradient`` alone; it takes about three times as long as a pass."""
+    *_, gradient_BTD = log_density_gradient(flow, x_BTD, y_B)
+    if gradient_BTD is None:
+        raise AssertionError("the last item is the gradient")
+    return {"gradient": flow.unpatchify(gradient_BTD.float()).cpu().numpy()}
+
+
+def _pooled(hidden_BTW: Tensor) -> Tensor:
+    """Means over either half of the sequence and the standard deviation over all of it, (B, 3W)."""
+    half = max(1, hidden_BTW.shape[1] // 2)
+    first_BW, second_BW = hidden_BTW[:, :half].mean(dim=1), hidden_BTW[:, -half:].mean(dim=1)
+    return torch.cat([first_BW, second_BW, hidden_BTW.std(dim=1, correction=0)], dim=1)
+
+
+def _latent_statistics(flow: Flow, latent_BTD: Tensor) -> Tensor:
+    """Goodness of fit (B, 8) of latents u (B, T, D) to white standard normal noise."""
+    u_BN = latent_BTD.flatten(1)
+    count = u_BN.shape[1]
+    grid = torch.arange(count, device=u_BN.device)
+    cumulative_BN = torch.special.ndtr(u_BN.sort(dim=1).values)
+    ks_B = torch.maximum(cumulative_BN - grid / count, (grid + 1) / count - cumulative_BN).amax(dim=1)
+    image_BCHW = flow.unpatchify(latent_BTD)
+    across_B = (image_BCHW[..., 1:] * image_BCHW[..., :-1]).mean(dim=(1, 2, 3))
+    down_B = (image_BCHW[..., 1:, :] * image_BCHW[..., :-1, :]).mean(dim=(1, 2, 3))
+    moments = [u_BN.mean(dim=1), u_BN.std(dim=1), u_BN.pow(3).mean(dim=1), u_BN.pow(4).mean(dim=1)]
+    return torch.stack([*moments, ks_B, across_B, down_B, u_BN.abs().amax(dim=1)], dim=1)
+
+
+def image_statistics(
+    flow: Flow, noise: NoiseProtocol, pixels_BCHW: Tensor, y_B: Tensor | None, *, seed: int, gradient: bool = False
+) -> Statistics:
+    """Statistics of 8-bit images (B, C, H, W) on any device, each with the model's noise of ``seed``.
+
+    All images get the same noise: a score is then a function of the image alone, which is all that conformal p-values
+    ask for.
+    """
+    device = flow.prior_variance.device
+    draw_CHW = input_noise(noise.kind, seed, 1, tuple(pixels_BCHW.shape[1:]))[0].to(device)
+    x_BTD = flow.patchify(add_noise(pixels_BCHW.to(device), noise, draw_CHW))
+    labels_B = None if y_B is None else y_B.to(device)
+    statistics = flow_statistics(flow, noise, x_BTD, labels_B)
+    return statistics | (gradient_statistics(flow, x_BTD, labels_B) if gradient else {})

@@ -1,0 +1,46 @@
+"""How surprising a score is, in nats: −log of the share of normal images that score as high, beyond all that was seen.
+
+Below the knee the share is counted; above it scores are taken to fall off exponentially, the simplest of the tails of
+extreme value theory (Pickands 1975), so that far and very far still differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+KNEE = 0.9
+"""Share of the normal images below the knee."""
+MOST = 60.0
+"""Largest surprise; no number of images could confirm a rarer event."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Scores of normal images, and where and how fast they fall off."""
+
+    sorted_N: Floats
+    knee: Floats
+    """Score at the knee and mean excess over it, (2,)."""
+
+    @classmethod
+    def fit(cls, scores_N: Floats) -> Tail:
+        """From the scores of normal images; larger is more anomalous."""
+        sorted_N = np.sort(np.asarray(scores_N, np.float64))
+        above_N = sorted_N[int(KNEE * len(sorted_N)) :]
+        return cls(sorted_N, np.array([above_N[0], max((above_N - above_N[0]).mean(), 1e-9 * (1 + abs(above_N[0])))]))
+
+    def surprise(self, scores_B: Floats) -> Floats:
+        """−log p (B,) in nats, between 0 and 60; scores that are not finite are the most surprising."""
+        count = len(self.sorted_N)
+        scores_B = np.nan_to_num(scores_B, nan=np.inf, posinf=np.inf)
+        at_least_B = count - np.searchsorted(self.sorted_N, scores_B, side="left")
+        counted_B = -np.log((1 + at_least_B) / (1 + count))
+        start, mean_excess = self.knee
+        # Cut off before the division, which could overflow.
+        fallen_B = -np.log(1 - KNEE) + (np.clip(scores_B, start, start + MOST * mean_excess) - start) / mean_excess
+        return np.minimum(np.where(scores_B > start, fallen_B, counted_B), MOST)

@@ -1,0 +1,128 @@
+"""Calibrations by model and name: a bundle's own, and those that users made, kept under the state directory.
+
+    STATE/calibrations/MODEL/NAME.safetensors
+
+Files are read once and kept; everything here blocks, so the API calls it in threads. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from model.anomaly.calibration import Calibration, CalibrationError
+from model.bundle import NAMES, is_name
+from service.errors import InvalidRequest, NotFound
+from service.jobs import ModelInfo
+
+SUFFIX = ".safetensors"
+OWN = "default"
+"""Name by which a bundle's own calibration is listed; no other may have it."""
+
+
+class CalibrationStore:
+    """The calibrations that requests may name."""
+
+    def __init__(self, directory: Path) -> None:
+        """``directory`` is made when something is first stored."""
+        self._directory = directory / "calibrations"
+        self._lock = threading.Lock()
+        self._known: dict[Path | str, tuple[float, Calibration]] = {}
+
+    def get(self, model: ModelInfo, name: str | None) -> Calibration:
+        """A calibration by name, or the bundle's own for ``None``; fits the model's very weights.
+
+        Raises ``InvalidRequest`` naming what is allowed.
+        """
+        if name is None or name == OWN:
+            own = self._own(model)
+            if own is None:
+                raise InvalidRequest(
+                    f"calibration: model {model.name!r} comes without one; name one of yours"
+                    f" ({self._listed(model)}) or make one from normal images with POST /v1/calibrations",
+                    param="calibration",
+                    code="no_calibration",
+                )
+            return own
+        path = self._path(model.name, name)
+        calibration = self._read(path)
+        if calibration is None:
+            raise InvalidRequest(
+                f"calibration: got {name[:100]!r}, of model {model.name!r} there are {self._listed(model)}",
+                param="calibration",
+                code="calibration_not_found",
+            )
+        try:
+            calibration.check_model(model.name, model.model_id)
+        except CalibrationError as error:
+            raise InvalidRequest(f"calibration: {error}", param="calibration", code="calibration_mismatch") from error
+        return calibration
+
+    def save(self, model: ModelInfo, calibration: Calibration) -> None:
+        """Keep a calibration under its own name; whole or not at all, whatever happens meanwhile."""
+        path = self._path(model.name, calibration.record.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_bytes(calibration.to_bytes())
+        temporary.replace(path)
+
+    def delete(self, model: ModelInfo, name: str) -> None:
+        """Forget a calibration; raises ``NotFound`` for one that is not there and for the bundle's own."""
+        if name == OWN:
+            raise InvalidRequest(
+                f"calibration: {OWN!r} belongs to the bundle and cannot be deleted", param="calibration"
+            )
+        try:
+            self._path(model.name, name).unlink()
+        except FileNotFoundError:
+            raise NotFound(
+                f"calibration: got {name[:100]!r}, of model {model.name!r} there are {self._listed(model)}",
+                param="calibration",
+                code="calibration_not_found",
+            ) from None
+
+    def list(self, model: ModelInfo) -> Iterator[tuple[str, Calibration]]:
+        """Every calibration of a model's very weights with the name to call it by, the bundle's own first."""
+        own = self._own(model)
+        if own is not None:
+            yield OWN, own
+        for path in sorted((self._directory / model.name).glob(f"[!.]*{SUFFIX}")):
+            calibration = self._read(path)
+            if calibration is not None and calibration.record.model_id == model.model_id:
+                yield path.name.removesuffix(SUFFIX), calibration
+
+    def _listed(self, model: ModelInfo) -> str:
+        names = [name for name, _ in self.list(model)]
+        return ", ".join(map(repr, names)) if names else "none"
+
+    def _own(self, model: ModelInfo) -> Calibration | None:
+        if model.calibration is None:
+            return None
+        # The bundle was checked when it was loaded; its calibration changes only with its bytes.
+        key = f"{model.model_id} {hash(model.calibration)}"
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = 0.0, Calibration.from_bytes(model.calibration, f"calibration of {model.name}")
+            return self._known[key][1]
+
+    def _path(self, model: str, name: str) -> Path:
+        if not is_name(name):
+            raise InvalidRequest(f"calibration: got {name[:100]!r}, allowed is {NAMES}", param="calibration")
+        return self._directory / model / f"{name}{SUFFIX}"
+
+    def _read(self, path: Path) -> Calibration | None:
+        """A stored calibration, or ``None``; raises ``CalibrationError`` for a damaged file."""
+        try:
+            changed = path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        with self._lock:
+            known = self._known.get(path)
+        if known is not None and known[0] == changed:
+            return known[1]
+        calibration = Calibration.from_bytes(path.read_bytes(), str(path))
+        with self._lock:
+            self._known[path] = changed, calibration
+        return calibration
