@@ -170,7 +170,7 @@ def split_sizes(count: int) -> tuple[int, int]:
 def calibrate(
     statistics: Statistics, pixels: NDArray[np.uint8], record: Mapping[str, Any], order_seed: int = 0
 ) -> Calibration:
-    """Make a calibration of normal images' statistics, with gradients, and their pixels (N, C, H, W).
+    """Make a calibration of normal images' statistics, residuals included, and their pixels (N, C, H, W).
 
     ``record`` holds the fields of :class:`CalibrationRecord` that are not counted here. The images are split at random,
     by ``order_seed``, since files often come in some order. Raises ``ValueError`` for too few images.

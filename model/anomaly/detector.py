@@ -1,9 +1,9 @@
 """Anomaly scores: groups of features, their densities on normal images, and how they are combined.
 
-The combined score adds what is surprising about *where* the likelihood comes from and about what the network saw; to
-it comes what is far out in the few numbers about the whole image, or in complexity, but only beyond a hinge: an image
-that is unremarkable there must not be drowned in their noise. The constants were chosen on the development sets of
-``benchmarks/negatives.py``; ``benchmarks/anomaly.py`` reports on others, and docs/anomaly.md what was tried.
+The combined score is a weighted sum of −log p, as in Fisher's method, of three views that fail in different places:
+*where* the likelihood comes from and what the network saw; the few numbers about the whole image, code lengths among
+them; and complexity. The weights were chosen on the development sets of ``benchmarks/negatives.py``;
+``benchmarks/anomaly.py`` reports on others, and docs/anomaly.md says what was tried.
 
 Shape legend: B images, T patches, C channels.
 """
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from model.anomaly.features import (
     Statistics,
     excess_bits,
-    gradient_feature,
     hidden_features,
     latent_features,
     patch_features,
@@ -35,9 +34,8 @@ SCORES = ("combined", "nll", "typicality", "complexity", "latent", "gradient", "
 """Scores that a request may choose; larger is more anomalous."""
 CODE_FREE = "combined_without_codes"
 """Stands in for ``combined`` where codecs give other lengths than they did in the calibration."""
-SUMMARY_HINGE, SUMMARY_WEIGHT = 2.0, 1.0
-COMPLEXITY_HINGE, COMPLEXITY_WEIGHT = 3.0, 2.0
-"""Where −log p of these begins to count, and how much it counts from there."""
+SUMMARY_WEIGHT, COMPLEXITY_WEIGHT = 0.5, 0.5
+"""Weights of these two beside the first view, whose weight is one."""
 FOLDS = 5
 TOP_PATCHES = 0.1
 """Share of the patches, the most remarkable ones, that ``max_patch`` is the mean of."""
@@ -115,8 +113,7 @@ class Detector:
         without_B = self.summary_without_codes.surprise(summary_features(statistics, None))
         top = max(1, round(TOP_PATCHES * statistics["patch_nll"].shape[1]))
         scores = {
-            CODE_FREE: base_B
-            + SUMMARY_WEIGHT * _beyond(self.summary_without_codes_tail.surprise(without_B), SUMMARY_HINGE),
+            CODE_FREE: base_B + SUMMARY_WEIGHT * self.summary_without_codes_tail.surprise(without_B),
             "nll": bits_B,
             "typicality": np.abs(bits_B - self.bits_center[0]),
             "latent": self.latent.distance(latent_features(statistics)),
@@ -128,11 +125,11 @@ class Detector:
             scores["complexity"] = excess_B
             scores["combined"] = (
                 base_B
-                + SUMMARY_WEIGHT * _beyond(self.summary_tail.surprise(summary_B), SUMMARY_HINGE)
-                + COMPLEXITY_WEIGHT * _beyond(self.complexity_tail.surprise(excess_B), COMPLEXITY_HINGE)
+                + SUMMARY_WEIGHT * self.summary_tail.surprise(summary_B)
+                + COMPLEXITY_WEIGHT * self.complexity_tail.surprise(excess_B)
             )
         if "gradient" in statistics:
-            scores["gradient"] = gradient_feature(statistics)
+            scores["gradient"] = statistics["gradient"].astype(np.float64)
         # What the flow has no finite value for is as anomalous as anything.
         return {name: np.nan_to_num(values, nan=np.inf, posinf=np.inf) for name, values in scores.items()}
 
@@ -141,10 +138,6 @@ def _shape(scale_22: Floats, patches_B: Floats, hidden_B: Floats) -> Floats:
     """Sum of both distances, each in its own robust units."""
     (first, first_scale), (second, second_scale) = scale_22
     return np.asarray((patches_B - first) / first_scale + (hidden_B - second) / second_scale)
-
-
-def _beyond(surprise_B: Floats, hinge: float) -> Floats:
-    return np.maximum(0.0, surprise_B - hinge)
 
 
 def _left_out(values_NF: Floats, fit: Callable[[Floats], Callable[[Floats], Floats]]) -> Floats:

@@ -10,7 +10,9 @@ Statistics of B images travel as float32 arrays by name (:mod:`model.anomaly.sta
   the right and below, its largest value;
 - ``hidden`` (B, 3W): what the last block's transformer gives to its output layer: means over the first and the second
   half of its patches, and the standard deviation over all;
-- ``gradient`` (B, C, H, W), only where it was asked for: ∇_x log p.
+- ``gradient`` (B,), only where it was asked for: log of the mean square of ∇_x log p;
+- ``residual`` (B, C, H, W), with it: what Tweedie's denoising of the noised image leaves of the image itself,
+  x̃ + σ² ∇ log p(x̃) − x: what the model would change.
 
 Sources: Morningstar et al., "Density of States Estimation" (DoSE, arXiv 2006.09273) for a density over several
 statistics of a model; Serrà et al. (arXiv 1909.11480) for complexity; Lee et al. (arXiv 1807.03888) for Mahalanobis
@@ -76,12 +78,6 @@ def summary_features(statistics: Statistics, codes_BL: Floats | None) -> Floats:
 def excess_bits(statistics: Statistics, codes_BL: Floats) -> Floats:
     """Bits/dim less those of the shortest lossless code (B,): large where the flow is worse than a codec should be."""
     return np.asarray(statistics["bits"].astype(np.float64) - codes_BL.min(axis=1))
-
-
-def gradient_feature(statistics: Statistics) -> Floats:
-    """log of the mean square of ∇_x log p (B,)."""
-    square_B = np.square(statistics["gradient"].astype(np.float64)).mean(axis=(1, 2, 3))
-    return np.asarray(np.log(square_B + 1e-30))
 
 
 def concatenate(parts: list[Statistics]) -> Statistics:

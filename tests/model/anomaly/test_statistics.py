@@ -12,7 +12,6 @@ from model.anomaly.features import (
     as_square,
     concatenate,
     excess_bits,
-    gradient_feature,
     hidden_features,
     latent_features,
     patch_features,
@@ -21,7 +20,7 @@ from model.anomaly.features import (
 from model.anomaly.statistics import flow_statistics, image_statistics
 from model.config import NoiseProtocol
 from model.flow import Flow
-from model.likelihood import add_noise, bits_per_dim, log_likelihood, patch_terms
+from model.likelihood import add_noise, bits_per_dim, centre_draw, log_likelihood, patch_terms
 from model.noise import input_noise
 from tests.model.conftest import tiny_flow
 
@@ -67,7 +66,8 @@ def test_shapes_are_as_documented() -> None:
         "energy": (4, config.num_blocks, config.num_patches),
         "latent": (4, 8),
         "hidden": (4, 3 * config.width),
-        "gradient": (4, config.channels, config.image_size, config.image_size),
+        "gradient": (4,),
+        "residual": (4, config.channels, config.image_size, config.image_size),
     }
     assert all(value.dtype == np.float32 for value in found.values())
 
@@ -83,13 +83,18 @@ def test_they_do_not_depend_on_the_batch() -> None:
         np.testing.assert_allclose(value, alone[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-def test_the_gradient_is_that_of_the_likelihood() -> None:
+@pytest.mark.parametrize("noise", [GAUSSIAN, UNIFORM])
+def test_gradient_and_residual_are_those_of_tweedie(noise: NoiseProtocol) -> None:
     flow = make_flow()
     pixels = random_images(flow, 2)
-    found = image_statistics(flow, GAUSSIAN, pixels, None, seed=0, gradient=True)["gradient"]
-    x = patches(flow, pixels, GAUSSIAN, 0).requires_grad_()
-    (expected,) = torch.autograd.grad(log_likelihood(flow, x).sum(), x)
-    np.testing.assert_allclose(found, flow.unpatchify(expected), rtol=1e-3, atol=1e-3)
+    found = image_statistics(flow, noise, pixels, None, seed=0, gradient=True)
+    x = patches(flow, pixels, noise, 0).requires_grad_()
+    (gradient,) = torch.autograd.grad(log_likelihood(flow, x).sum(), x)
+    np.testing.assert_allclose(found["gradient"], gradient.square().mean(dim=(1, 2)).log(), rtol=1e-3)
+    variance = 0.01 if noise is GAUSSIAN else (1 / 128) ** 2 / 12
+    clean = flow.patchify(add_noise(pixels, noise, centre_draw(noise.kind)))
+    expected = flow.unpatchify((x + variance * gradient - clean).detach())
+    np.testing.assert_allclose(found["residual"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_class_changes_them() -> None:
@@ -142,7 +147,8 @@ def test_flat_pictures_have_finite_features(value: int) -> None:
         latent_features(found),
         summary_features(found, codes),
         excess_bits(found, codes),
-        gradient_feature(found),
+        found["gradient"],
+        found["residual"],
     ):
         assert np.isfinite(features).all()
 

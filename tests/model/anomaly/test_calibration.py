@@ -1,0 +1,213 @@
+"""Detectors and calibrations: on a small flow, from pictures to p-values and back from a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import model.anomaly.calibration as calibration_module
+from model.anomaly.calibration import Calibration, CalibrationError, CalibrationMismatch, calibrate, split_sizes
+from model.anomaly.codec import CODECS, code_lengths, fingerprint
+from model.anomaly.conformal import p_values
+from model.anomaly.detector import CODE_FREE, SCORES
+from model.anomaly.features import Statistics, concatenate
+from model.anomaly.regions import regions
+from model.anomaly.statistics import image_statistics
+from model.config import NoiseProtocol
+from model.flow import Flow
+from tests.model.conftest import tiny_flow
+
+NOISE = NoiseProtocol(kind="gaussian", std=0.1)
+FLOW = tiny_flow(dtype=torch.float32, image_size=16)
+RECORD = {
+    "name": "mine",
+    "model": "tiny",
+    "model_id": "sha256:" + 64 * "a",
+    "noise": NOISE.to_dict(),
+    "seed": 0,
+    "created": 1,
+}
+
+
+def pictures(count: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Smooth ramps with noise, (N, 1, 16, 16)."""
+    rng = np.random.default_rng(seed)
+    ramp = np.add.outer(np.arange(16), np.arange(16))[None] * rng.uniform(2, 6, (count, 1, 1))
+    return np.clip(40 + ramp + rng.normal(0, 4, (count, 16, 16)), 0, 255).astype(np.uint8)[:, None]
+
+
+def statistics(pixels: NDArray[np.uint8], gradient: bool = True, flow: Flow = FLOW) -> Statistics:
+    parts = [pixels[i : i + 50] for i in range(0, len(pixels), 50)]
+    found = [image_statistics(flow, NOISE, torch.from_numpy(p), None, seed=0, gradient=gradient) for p in parts]
+    return concatenate(found)
+
+
+@cache
+def calibrated() -> Calibration:
+    pixels = pictures(200)
+    return calibrate(statistics(pixels), pixels, RECORD)
+
+
+def scores(pixels: NDArray[np.uint8], calibration: Calibration | None = None) -> dict[str, NDArray[np.float64]]:
+    found = (calibration or calibrated()).detector.scores(statistics(pixels), code_lengths(pixels))
+    return dict(found)
+
+
+def test_every_score_can_be_asked_for() -> None:
+    assert calibrated().scores == SCORES
+    assert set(scores(pictures(3))) == {*SCORES, CODE_FREE}
+    assert all(values.shape == (100,) for values in calibrated().sorted_scores.values())
+
+
+def test_without_gradient_or_codes_the_others_are_the_same() -> None:
+    pixels = pictures(4, seed=5)
+    everything = scores(pixels)
+    some = calibrated().detector.scores(statistics(pixels, gradient=False), None)
+    assert set(everything) - set(some) == {"gradient", "complexity", "combined"}
+    for name, values in some.items():
+        np.testing.assert_allclose(values, everything[name])
+
+
+@pytest.mark.parametrize("score", [*SCORES, CODE_FREE])
+def test_p_values_of_new_normal_images_are_uniform(score: str) -> None:
+    """Kolmogorov's distance of 300 p-values stays below what one of a thousand uniform samples exceeds."""
+    p = np.sort(p_values(calibrated().sorted_scores[score], scores(pictures(300, seed=9))[score]))
+    distance = np.abs(p - np.arange(1, 301) / 300).max()
+    # The 100 calibration images vary too.
+    assert distance < 1.95 * np.sqrt(1 / 300 + 1 / 100)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        np.full((1, 1, 16, 16), 0, np.uint8),
+        np.full((1, 1, 16, 16), 255, np.uint8),
+        np.random.default_rng(0).integers(0, 256, (1, 1, 16, 16), dtype=np.uint8),
+        pictures(1)[..., ::-1].copy(),
+    ],
+    ids=["black", "white", "noise", "mirrored"],
+)
+def test_odd_images_are_flagged_and_every_score_is_finite(odd: NDArray[np.uint8]) -> None:
+    found = scores(odd)
+    assert all(np.isfinite(values).all() for values in found.values())
+    assert p_values(calibrated().sorted_scores["combined"], found["combined"])[0] <= 0.02
+
+
+def test_what_is_not_finite_is_as_anomalous_as_anything() -> None:
+    broken = {name: np.full_like(values, np.nan) for name, values in statistics(pictures(2)).items()}
+    found = calibrated().detector.scores(broken, code_lengths(pictures(2)))
+    for name in SCORES:
+        assert not np.isnan(found[name]).any()
+        assert p_values(calibrated().sorted_scores[name], found[name]).max() <= 2 / 101
+
+
+def test_a_planted_defect_is_where_the_map_is_largest() -> None:
+    """Under a flow that is the identity, where every patch speaks for itself."""
+    flow = Flow(FLOW.config)
+    for block in flow.blocks:
+        torch.nn.init.zeros_(block.proj_out.bias)
+    normal = pictures(200)
+    calibration = calibrate(statistics(normal, flow=flow), normal, RECORD)
+    hits = 0
+    for seed in range(20):
+        pixels = pictures(1, seed=100 + seed)
+        row, column = np.random.default_rng(seed).integers(2, 10, 2)
+        pixels[0, 0, row : row + 4, column : column + 4] = 255
+        [heat] = calibration.maps.maps(statistics(pixels, flow=flow), calibration.detector)
+        best = regions(heat, calibration.maps.threshold)
+        if best:
+            x, y, width, height = best[0].bbox
+            hits += x < column + 4 and column < x + width and y < row + 4 and row < y + height
+    assert hits >= 18
+
+
+def test_few_normal_images_have_regions() -> None:
+    pixels = pictures(100, seed=77)
+    heat = calibrated().maps.maps(statistics(pixels), calibrated().detector)
+    assert np.mean(heat.max(axis=(1, 2)) > calibrated().maps.threshold) < 0.2
+
+
+def test_a_file_gives_the_same_scores_and_record() -> None:
+    again = Calibration.from_bytes(calibrated().to_bytes())
+    assert again.record == calibrated().record
+    pixels = pictures(5, seed=3)
+    for name, values in scores(pixels, again).items():
+        np.testing.assert_array_equal(values, scores(pixels)[name])
+        np.testing.assert_array_equal(again.sorted_scores[name], calibrated().sorted_scores[name])
+    np.testing.assert_array_equal(
+        again.maps.maps(statistics(pixels), again.detector),
+        calibrated().maps.maps(statistics(pixels), calibrated().detector),
+    )
+    assert again.to_bytes() == calibrated().to_bytes()
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, 5000, -1])
+def test_a_damaged_file_is_refused(cut: int) -> None:
+    with pytest.raises(CalibrationError, match=r"some\.file: not a calibration"):
+        Calibration.from_bytes(calibrated().to_bytes()[:cut], "some.file")
+
+
+def test_another_version_and_unsorted_scores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    unsorted = replace(calibrated(), sorted_scores={k: v[::-1] for k, v in calibrated().sorted_scores.items()})
+    with pytest.raises(CalibrationError, match="sorted"):
+        Calibration.from_bytes(unsorted.to_bytes())
+    monkeypatch.setattr(calibration_module, "FORMAT_VERSION", 2)
+    newer = calibrated().to_bytes()
+    monkeypatch.undo()
+    with pytest.raises(CalibrationError, match="format 2, this program reads up to 1"):
+        Calibration.from_bytes(newer)
+
+
+def test_another_models_calibration_is_refused() -> None:
+    calibrated().check_model("tiny", RECORD["model_id"])
+    with pytest.raises(CalibrationMismatch, match=r"'mine' was made with model 'tiny'.*not with 'other'"):
+        calibrated().check_model("other", "sha256:" + 64 * "b")
+
+
+def test_changed_codecs_are_noticed() -> None:
+    assert calibrated().codecs_match
+    record = replace(calibrated().record, codec_fingerprint=((1, 2, 3),))
+    assert not replace(calibrated(), record=record).codecs_match
+
+
+def test_too_few_images_are_refused_with_what_is_needed() -> None:
+    with pytest.raises(ValueError, match="got 19, allowed are 20 and more"):
+        split_sizes(19)
+    pixels = pictures(20)
+    small = calibrate(statistics(pixels), pixels, RECORD)
+    assert (small.record.num_fit, small.record.num_calibration) == (10, 10)
+    assert small.record.default_alpha == pytest.approx(1 / 11)
+    assert all(np.isfinite(v).all() for v in scores(pictures(3, seed=1), small).values())
+
+
+def test_the_record_is_plain_data() -> None:
+    assert json.loads(json.dumps(asdict(calibrated().record)))["num_calibration"] == 100
+
+
+def test_histograms_hold_every_calibration_image() -> None:
+    for name in calibrated().scores:
+        edges, counts = calibrated().histogram(name)
+        assert counts.sum() == 100
+        assert len(edges) == len(counts) + 1
+    infinite = replace(calibrated(), sorted_scores={"nll": np.array([1.0, 2.0, np.inf])})
+    assert infinite.histogram("nll")[1].sum() == 3
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 64), (1, 2)])
+def test_code_lengths_are_those_of_lossless_files(channels: int, size: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (2, channels, size, size), dtype=np.uint8)
+    flat = np.zeros_like(noise)
+    lengths, short = code_lengths(noise), code_lengths(flat)
+    assert lengths.shape == (2, len(CODECS))
+    # Noise cannot be compressed, and nothing beats a flat picture.
+    assert (lengths >= 8).all()
+    assert (short <= lengths).all()
+    assert code_lengths(noise[:0]).shape == (0, len(CODECS))
+    assert fingerprint(channels, size) == fingerprint(channels, size)
+    assert len({tuple(row) for row in fingerprint(channels, size)}) == 3
