@@ -15,11 +15,22 @@ from numpy.typing import NDArray
 from model.images import Change, Format, encode_image, grid
 from service.api.schemas import ImageResult, Notice, OutputFormat, TensorValue
 from service.errors import NotAcceptable
-from service.jobs import REDONE, JobResult, is_certified
+from service.jobs import REDONE, JobResult, ModelInfo, is_certified
 
 NON_FINITE = Notice(
     code="non_finite", message="the model gave values that are not finite; pictures show them as grey, npy holds them"
 )
+
+LIKELIHOOD_MODEL = Notice(
+    code="likelihood_model",
+    message="this model was trained with uniform dequantization, for likelihoods; what it samples is often poor or not "
+    "finite, and cannot be denoised",
+)
+
+
+def quality_warnings(model: ModelInfo) -> list[Notice]:
+    """What to expect of a model's samples."""
+    return [LIKELIHOOD_MODEL] if model.noise.kind == "uniform" else []
 
 
 def accepted_image(accept: str | None, wanted: OutputFormat | None) -> Format | None:

@@ -14,7 +14,15 @@ from model.config import MAX_SEED
 from service.api import examples
 from service.api.context import Context, ContextDependency, class_name, resolve_class
 from service.api.options import asked, check_can_denoise
-from service.api.rendering import NON_FINITE, accepted_image, certificate_headers, image_results, picture, warnings
+from service.api.rendering import (
+    NON_FINITE,
+    accepted_image,
+    certificate_headers,
+    image_results,
+    picture,
+    quality_warnings,
+    warnings,
+)
 from service.api.running import cost_of, new_job, run
 from service.api.schemas import (
     DecodeRequest,
@@ -101,7 +109,8 @@ async def sample(body: SampleRequest, context: ContextDependency) -> Response | 
     job = new_job(model, Op.SAMPLE, payload, body.num_images, cost)
     name = class_name(model, label)
     parameters = {"class": name, "num_images": body.num_images, "seed": seed, **_shown(used)}
-    details = [{"seed": s, "class": name} for s in seeds]
+    # Each image has a list of its own: more may be added to it.
+    details = [{"seed": s, "class": name, "warnings": quality_warnings(model)} for s in seeds]
     return await _respond(context, model, job, body.output_format, details=details, parameters=parameters)
 
 

@@ -119,6 +119,12 @@ def test_the_uniform_model_rounds_to_its_own_intervals(client: httpx.Client) -> 
     np.testing.assert_array_equal(levels.transpose(1, 2, 0), answered(sample(client, **body))[0])
 
 
+def test_samples_of_a_likelihood_model_come_with_a_warning(client: httpx.Client) -> None:
+    for model, expected in (("tiny-uniform", {"likelihood_model"}), ("tiny-cond", set())):
+        for image in sample(client, model=model, seed=1, num_images=2).json()["images"]:
+            assert {notice["code"] for notice in image["warnings"]} == expected
+
+
 @pytest.mark.parametrize("change", [{"guidance_scale": 1.5}, {"denoise": False}, {"class": "cat"}])
 def test_every_parameter_does_something(client: httpx.Client, change: dict[str, Any]) -> None:
     base = {"seed": 3, "class": "Bag", "guidance_scale": 0.5, "denoise": True, "output_format": "npy"}
