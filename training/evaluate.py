@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.anomaly.codec import code_lengths
 from model.bundle import Bundle
 from model.config import NoiseProtocol
 from model.flow import NO_CLASS, Flow
@@ -87,6 +88,9 @@ class Evaluation:
     """Why there are no ``train_bits``."""
     accuracy: Accuracy | None = None
     """Which images the model recognizes; None where that was not asked for, or it has no classes."""
+    codes: NDArray[np.float64] | None = None
+    """Bits/dim (N, 3) of each image in every lossless codec of :data:`model.anomaly.codec.CODECS`; only where the
+    model's bits/dim are a bound on a lossless code too, under uniform dequantization."""
 
     @property
     def gap(self) -> Estimate | None:
@@ -203,6 +207,7 @@ def evaluate_bundle(
         bits=score(images),
         train_bits=score(trained_on) if trained_on else None,
         no_gap_because=no_gap_because,
+        codes=code_lengths(images.pixels) if config.noise.kind == "uniform" else None,
         accuracy=recognize(images) if recognizes else None,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from model.anomaly.codec import CODECS
 from model.bundle import Bundle
 from training.accuracy import Accuracy
 from training.evaluate import Estimate, Evaluation, estimate, paired_accuracy, paired_difference
@@ -35,9 +36,19 @@ def lines(evaluation: Evaluation) -> list[str]:
         ]
     else:
         text.append(f"train–test gap: none, {evaluation.no_gap_because}")
+    if evaluation.codes is not None:
+        means = ", ".join(f"{name} {value:.4f}" for name, value in _codes(evaluation).items())
+        text.append(f"lossless files of the same images, headers included: {means} bits/dim")
     if options.accuracy:
         text.append(f"Bayes accuracy: {_accuracy(evaluation, draws)}")
     return text
+
+
+def _codes(evaluation: Evaluation) -> dict[str, float]:
+    """Mean bits/dim by codec."""
+    if evaluation.codes is None:
+        return {}
+    return dict(zip((name.upper() for name in CODECS), evaluation.codes.mean(axis=0).tolist(), strict=True))
 
 
 def _accuracy(evaluation: Evaluation, draws: str) -> str:
@@ -128,6 +139,7 @@ def _evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "noise": config.noise.to_dict(),
         "protocol": config.noise.meaning,
         "bits_per_dim": _estimate_json(estimate(evaluation.bits)),
+        "lossless_bits_per_dim": _codes(evaluation) or None,
         "train_num_images": None if train is None else len(train),
         "train_bits_per_dim": None if train is None else _estimate_json(estimate(train)),
         "no_gap_because": evaluation.no_gap_because or None,

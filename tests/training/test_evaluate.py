@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from model.anomaly.codec import code_lengths
 from model.bundle import Bundle, BundleConfig, read_bundle
 from model.config import NoiseProtocol
 from model.flow import Flow
@@ -89,6 +90,19 @@ def test_more_draws_tighten_the_uniform_bound(bundle: Bundle, images: Images) ->
     flow = load_flow(bundle)
     one, many = (score_images(flow, images, UNIFORM, conditional=True, draws=k).mean() for k in (1, 8))
     assert many < one
+
+
+def test_bounds_on_lossless_codes_stand_beside_lossless_files(bundle: Bundle, idx_data: Path, tmp_path: Path) -> None:
+    uniform = evaluate_bundle(other_bundle(bundle, UNIFORM, tmp_path / "uniform"), idx_data, OPTIONS, CPU)
+    test = load_images(idx_data, "test", 8, 1)
+    expected = code_lengths(test.pixels).mean(axis=0)
+    [entry] = to_json([uniform])["evaluations"]
+    assert entry["lossless_bits_per_dim"] == pytest.approx(dict(zip(("PNG", "WEBP", "ZLIB"), expected, strict=True)))
+    assert f"PNG {expected[0]:.4f}, WEBP {expected[1]:.4f}" in markdown(uniform)
+    # A density of noised images is no code length, and is not put beside one.
+    gaussian = evaluate_bundle(bundle, idx_data, OPTIONS, CPU)
+    assert to_json([gaussian])["evaluations"][0]["lossless_bits_per_dim"] is None
+    assert "lossless files" not in markdown(gaussian)
 
 
 def test_equal_images_get_different_noise(bundle: Bundle, images: Images) -> None:
