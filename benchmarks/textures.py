@@ -1,6 +1,6 @@
 """Photographs of a surface in the layout of MVTec AD, with synthetic defects: something to try one's own pipeline on.
 
-Run it with ``python -m benchmarks.textures OUT [--texture brick] [--train 600] [--test 60]``. Squares are cut out of a
+Run it with ``python -m benchmarks.textures OUT [--texture brick] [--train 800] [--test 60]``. Squares are cut out of a
 photograph that scikit-image ships (512 × 512 grey, CC0): normal and damaged ones to test on from a band in its middle,
 normal ones to train and calibrate on from above and below, so that no pixel is on both sides::
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument("--texture", choices=TEXTURES, default="brick")
-    parser.add_argument("--train", type=int, default=600, help="normal images to train and calibrate on (default 600)")
+    parser.add_argument("--train", type=int, default=800, help="normal images to train and calibrate on (default 800)")
     parser.add_argument("--test", type=int, default=60, help="images of each test folder (default 60)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
