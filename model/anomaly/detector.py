@@ -2,8 +2,9 @@
 
 The combined score is a weighted sum of −log p, as in Fisher's method, of four views that fail in different places:
 *where* the likelihood comes from and what the network saw; the few numbers about the whole image, code lengths among
-them; complexity; and how well the latent fits its prior, which finds small flaws. The weights were chosen on the development sets of ``benchmarks/negatives.py``;
-``benchmarks/anomaly.py`` reports on others, and docs/anomaly.md says what was tried.
+them; complexity; and how well the latent fits its prior, which finds small flaws. The weights were chosen on the
+development sets of ``benchmarks/negatives.py``; ``benchmarks/anomaly.py`` reports on others, and docs/anomaly.md says
+what was tried.
 
 Shape legend: B images, T patches, C channels.
 """
