@@ -13,6 +13,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as write_safetensors
 
 from model.bundle import (
+    CALIBRATION,
     CARD,
     CONFIG,
     MANIFEST,
@@ -70,8 +71,12 @@ def update_bundle(
     convergence: ConvergenceProfile | None = None,
     card: str | None = None,
     samples_png: bytes | None = None,
+    calibration: bytes | None = None,
 ) -> Bundle:
-    """Change a bundle's recommendation, profile, card or picture; its weights, and so its id, stay the same."""
+    """Change a bundle's recommendation, profile, card, picture or calibration.
+
+    What is not given stays as it is, as do the weights, and so the model's id.
+    """
     files = {name: read_file(bundle.path, name) for name in bundle.files}
     changes = {
         name: record.to_dict()
@@ -84,6 +89,8 @@ def update_bundle(
         files[CARD] = card.encode()
     if samples_png is not None:
         files[SAMPLES] = samples_png
+    if calibration is not None:
+        files[CALIBRATION] = calibration
     _replace_files(bundle.path, files, created=bundle.created)
     return read_bundle(bundle.path)
 

@@ -17,7 +17,9 @@ from rich.table import Table
 from model.config import GuidanceRule, GuidanceSchedule, GuidanceTarget, Precision, Solver, SolverOptions
 from service.errors import ServiceError
 from service.settings import Settings
-from training.cli import clear_errors, evaluate, sweep, train, tune
+from training.anomaly_cli import anomaly, calibrate
+from training.cli import evaluate, sweep, train, tune
+from training.commands import clear_errors
 
 app = typer.Typer(
     help="Serve, train and use TarFlow normalizing flows.",
@@ -29,6 +31,8 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(sweep)
 app.command()(tune)
+app.command()(calibrate)
+app.command()(anomaly)
 
 Model = Annotated[str, typer.Option(help="Bundle directory, or name of a model in the package.")]
 Class = Annotated[str | None, typer.Option("--class", help="Class by name or index; none if not given.")]

@@ -12,6 +12,8 @@ BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
 """Markers around the section that ``evaluate --write-card`` fills in."""
 RECOMMENDED = "- Recommended sampling:"
 """How the line begins that :func:`with_recommendation` replaces."""
+CALIBRATED = "- Calibration of normal images:"
+"""How the line begins that :func:`with_calibration` replaces."""
 _NOT_EVALUATED = "Not evaluated yet: `tarflow evaluate BUNDLE --data DIR --write-card` fills this in."
 
 
@@ -129,6 +131,24 @@ def with_recommendation(card: str, sampling: SamplingDefaults) -> str:
     """The card with another line of recommended sampling, in place of the one it has."""
     lines = [_recommendation(sampling) if line.startswith(RECOMMENDED) else line for line in card.split("\n")]
     return "\n".join(lines)
+
+
+def calibration_note(card: str) -> str | None:
+    """What a card says about the bundle's calibration; ``None`` when it says nothing."""
+    notes = [line.removeprefix(CALIBRATED).strip() for line in card.split("\n") if line.startswith(CALIBRATED)]
+    return notes[0] if notes else None
+
+
+def with_calibration(card: str, note: str) -> str:
+    """The card with one line about the bundle's calibration: in place of the one it has, or below that of the
+    recommended sampling, or in a section at its end."""
+    note, lines = f"{CALIBRATED} {note}", card.split("\n")
+    for beginning in (CALIBRATED, RECOMMENDED):
+        for number, line in enumerate(lines):
+            if line.startswith(beginning):
+                lines[number : number + 1] = [note] if beginning == CALIBRATED else [line, note]
+                return "\n".join(lines)
+    return f"{card.rstrip()}\n\n## Calibration\n\n{note}\n"
 
 
 def _data(config: TrainConfig, facts: RunFacts) -> str:

@@ -1,5 +1,7 @@
 """The commands ``train``, ``evaluate``, ``sweep`` and ``tune``: options in, one clear line per error out.
 
+``calibrate`` and ``anomaly`` are in :mod:`training.anomaly_cli`.
+
 Importing this module is cheap; torch is imported when a command runs. The console script mounts
 the same functions.
 """
@@ -8,18 +10,16 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from model.bundle import open_bundle
+from training.anomaly_cli import anomaly, calibrate
+from training.commands import Device, clear_errors, progress_bar, show_progress
 from training.config import load_preset, preset_names
 
 if TYPE_CHECKING:
@@ -31,29 +31,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """End the command with one red line and status 2 for what its user can mend, 1 for a diverged run.
-
-    Everything that data, checkpoints, presets and bundles are refused with is a ``ValueError``.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        _fail(str(error), 2)
-    except RuntimeError as error:
-        from training.trainer import TrainingDiverged
-
-        if not isinstance(error, TrainingDiverged):
-            raise
-        _fail(str(error), 1)
-
-
-def _fail(message: str, status: int) -> None:
-    Console(stderr=True).print(f"Error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(status)
 
 
 def _list_presets(requested: bool) -> None:
@@ -72,9 +49,6 @@ def _list_presets(requested: bool) -> None:
             f"{config.optimization.epochs:g} epochs"
         )
     raise typer.Exit
-
-
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 
 
 @app.command()
@@ -190,10 +164,9 @@ def evaluate(
         )
         torch_device = resolve_device(device)
         evaluations = []
-        # The bar goes to stderr, so that stdout holds the results alone.
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        with progress_bar() as progress:
             for bundle in [open_bundle(text) for text in bundles]:
-                show = partial(_show_progress, progress, progress.add_task(bundle.name, total=None))
+                show = partial(show_progress, progress, progress.add_task(bundle.name, total=None))
                 evaluations.append(evaluate_bundle(bundle, data, options, torch_device, show))
         if write_card:
             for evaluation in evaluations:
@@ -265,7 +238,7 @@ def sweep(
             seed=seed,
         )
         out.mkdir(parents=True, exist_ok=True)
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        with progress_bar() as progress:
             task = progress.add_task("real images", total=None)
 
             def show(text: str, done: int, total: int) -> None:
@@ -317,7 +290,7 @@ def tune(
 
         model = open_bundle(bundle)
         options = TuneOptions(num_images=num_images, tolerance=tolerance, split=split, seed=seed)
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        with progress_bar() as progress:
             task = progress.add_task("", total=None)
 
             def show(text: str) -> None:
@@ -341,5 +314,5 @@ def tune(
             typer.echo(f"stored in {model.path / 'sampler.json'}")
 
 
-def _show_progress(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
+app.command()(calibrate)
+app.command()(anomaly)

@@ -23,10 +23,10 @@ from model.flow import NO_CLASS, Flow
 from model.likelihood import bits_per_dim, combine_draws, log_likelihood
 from model.weights import load_flow
 from training.accuracy import Z_95, Accuracy, recognize_images
-from training.checkpoint import data_fingerprint
 from training.classes import match_labels
 from training.data import DataError, Images, epoch_order, load_images
 from training.noisy import noisy_batches
+from training.provenance import training_split
 
 
 @dataclass(frozen=True)
@@ -214,18 +214,10 @@ def evaluate_bundle(
 
 def _training_images(bundle: Bundle, data: Path, options: EvaluationOptions, count: int) -> Images:
     """The images the bundle was trained on; :class:`DataError` when ``data`` does not hold just these."""
-    config, provenance = bundle.config, bundle.config.training.get("data", {})
     if options.split == "train" or count == 0:
         raise DataError("not asked for")
-    if not {"num_images", "sha256"} <= provenance.keys():
-        raise DataError("the bundle does not say which images it was trained on")
-    images = load_images(data, "train", config.flow.image_size, config.flow.channels)
-    if config.flow.num_classes:
-        images = match_labels(images, config.class_names, config.name)
-    images = images.part(None, provenance["num_images"])
-    if data_fingerprint(images) != provenance["sha256"]:
-        raise DataError("the training images here are not the ones it was trained on")
-    return images
+    flow = bundle.config.flow
+    return training_split(bundle, load_images(data, "train", flow.image_size, flow.channels)).trained_on
 
 
 def sample_images(images: Images, count: int, seed: int) -> Images:

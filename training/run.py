@@ -14,7 +14,14 @@ from rich.console import Console
 
 from model.bundle import Bundle, BundleConfig, BundleError, read_bundle
 from model.weights import update_bundle, write_bundle
-from training.card import RunFacts, evaluation_section, render_card, with_evaluation
+from training.card import (
+    RunFacts,
+    calibration_note,
+    evaluation_section,
+    render_card,
+    with_calibration,
+    with_evaluation,
+)
 from training.classes import class_frequencies
 from training.config import TrainConfig
 from training.data import Images
@@ -106,7 +113,7 @@ class Run:
         """Write ``bundle/`` from the averaged weights.
 
         Only what determines the weights goes into its configuration, so that the same weights keep
-        their model id; results of an evaluation stay in the card as long as the id does.
+        their model id; results of an evaluation and a calibration stay as long as the id does.
         """
         trainer, config = self.trainer, self._config
         directory = self._out / BUNDLE
@@ -148,9 +155,20 @@ class Run:
         earlier = _read_earlier(directory)
         card = render_card(config, facts, has_samples=self._samples_png is not None)
         bundle = write_bundle(directory, bundle_config, flow, config.sampling, card, self._samples_png)
-        results = evaluation_section(earlier.card) if earlier else None
-        if earlier and results and earlier.model_id == bundle.model_id:
-            update_bundle(bundle, card=with_evaluation(bundle.card, results))
+        if earlier and earlier.model_id == bundle.model_id:
+            _carry_over(earlier, bundle)
+
+
+def _carry_over(earlier: Bundle, bundle: Bundle) -> None:
+    """Give a bundle what was measured with the same weights before: results in the card, and a calibration."""
+    card, results = bundle.card, evaluation_section(earlier.card)
+    note = None if earlier.calibration is None else calibration_note(earlier.card)
+    if results:
+        card = with_evaluation(card, results)
+    if note:
+        card = with_calibration(card, note)
+    if card != bundle.card or earlier.calibration is not None:
+        update_bundle(bundle, card=card, calibration=earlier.calibration)
 
 
 def _read_earlier(directory: Path) -> Bundle | None:

@@ -36,7 +36,7 @@ def assert_refused(result: Result, *words: str) -> None:
 def test_the_console_script_knows_its_commands() -> None:
     done = tarflow("--help")
     assert done.returncode == 0
-    for command in ("serve", "train", "evaluate", "import", "sample", "score"):
+    for command in ("serve", "train", "evaluate", "calibrate", "anomaly", "import", "sample", "score"):
         assert command in done.stdout
     flags = tarflow("serve", "--help", COLUMNS="200").stdout
     for flag in ("--host", "--port", "--models", "--device", "--max-body-bytes", "--lease-seconds"):

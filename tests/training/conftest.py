@@ -12,6 +12,11 @@ import torch
 import yaml
 from PIL import Image
 
+from model.bundle import Bundle, BundleConfig
+from model.config import SamplingDefaults
+from model.flow import Flow
+from model.weights import write_bundle
+from training.checkpoint import data_fingerprint
 from training.config import TrainConfig
 from training.data import Images
 
@@ -128,3 +133,25 @@ def folder_data(tmp_path: Path) -> Path:
             pixels = random.integers(brightness - 50, brightness + 50, size, dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def make_bundle(config: TrainConfig, tmp_path: Path) -> Callable[..., Bundle]:
+    """Write a bundle with random weights: ``make_bundle(trained_on, seed)``, as if it was trained on these images."""
+
+    def make(trained_on: Images | None = None, seed: int = 0) -> Bundle:
+        torch.manual_seed(seed)
+        flow = Flow(config.flow)
+        for parameter in flow.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        data = {"num_images": len(trained_on), "sha256": data_fingerprint(trained_on)} if trained_on else {}
+        described = BundleConfig(
+            name="squares",
+            flow=config.flow,
+            noise=config.noise,
+            class_names=("0", "1"),
+            training={"data": data} if data else {},
+        )
+        return write_bundle(tmp_path / f"bundle-{seed}", described, flow, SamplingDefaults(), "# squares\n")
+
+    return make

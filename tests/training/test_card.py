@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from training.card import RunFacts, architecture, evaluation_section, render_card, with_evaluation
+from training.card import (
+    RECOMMENDED,
+    RunFacts,
+    architecture,
+    calibration_note,
+    evaluation_section,
+    render_card,
+    with_calibration,
+    with_evaluation,
+)
 from training.config import TrainConfig, load_preset
 
 FACTS = RunFacts(
@@ -83,3 +92,18 @@ def test_a_card_without_markers_gets_a_section(card: str) -> None:
     assert result.startswith(card.rstrip())
     assert result.count("## Evaluation") == 1
     assert with_evaluation(result, "- figures") == result
+
+
+def test_one_line_is_about_the_calibration(config: TrainConfig) -> None:
+    card = render_card(config, FACTS)
+    assert calibration_note(card) is None
+    once = with_calibration(card, "some images")
+    lines = once.split("\n")
+    assert lines[lines.index("- Calibration of normal images: some images") - 1].startswith(RECOMMENDED)
+    assert calibration_note(once) == "some images"
+    assert with_calibration(once, "others") == with_calibration(card, "others")
+    assert once.replace("- Calibration of normal images: some images\n", "") == card
+    alone = "# other\n\n## Calibration\n\n- Calibration of normal images: some images\n"
+    assert with_calibration("# other", "some images") == alone
+    again = with_calibration(with_calibration("# other", "some images"), "others")
+    assert again == with_calibration("# other", "others")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from model.bundle import CARD, read_bundle
+from model.bundle import CALIBRATION, CARD, read_bundle
 from model.weights import load_flow, update_bundle
-from training.card import evaluation_section, with_evaluation
+from training.card import calibration_note, evaluation_section, with_calibration, with_evaluation
 from training.classes import resolve_classes
 from training.config import TrainConfig
 from training.data import Images, load_images
@@ -98,6 +98,21 @@ def test_the_same_weights_keep_their_id_and_their_results(config: TrainConfig, i
     longer = read_bundle(tmp_path / "bundle")
     assert longer.model_id != first.model_id
     assert evaluation_section(longer.card) is None
+
+
+def test_a_calibration_stays_as_long_as_the_weights(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    make_run(config, images, tmp_path).execute()
+    first = read_bundle(tmp_path / "bundle")
+    update_bundle(first, calibration=b"normal", card=with_calibration(first.card, "some images"))
+    make_run(config.with_overrides(guidance_scale=2.5), images, tmp_path).execute()
+    again = read_bundle(tmp_path / "bundle")
+    assert again.calibration == b"normal"
+    assert calibration_note(again.card) == "some images"
+    make_run(config.with_overrides(epochs=4), images, tmp_path).execute()
+    longer = read_bundle(tmp_path / "bundle")
+    assert longer.calibration is None
+    assert CALIBRATION not in longer.files
+    assert calibration_note(longer.card) is None
 
 
 def test_a_damaged_earlier_bundle_is_replaced(config: TrainConfig, images: Images, tmp_path: Path) -> None:

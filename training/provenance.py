@@ -1,0 +1,36 @@
+"""Which of the images at hand a bundle was trained on, by the record that training left in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.bundle import Bundle
+from training.checkpoint import data_fingerprint
+from training.classes import match_labels
+from training.data import DataError, Images
+
+
+@dataclass(frozen=True)
+class TrainingSplit:
+    """The training split of a bundle's own data set in its two parts."""
+
+    trained_on: Images
+    """What the weights were made from."""
+    kept_out: Images
+    """The holdout: what training never saw, and so as good as new; may be empty."""
+
+
+def training_split(bundle: Bundle, images: Images) -> TrainingSplit:
+    """Divide the images of a training split into those the bundle was trained on and the others.
+
+    Raises :class:`~training.data.DataError` that says why when they are not the bundle's own training set.
+    """
+    config, provenance = bundle.config, bundle.config.training.get("data", {})
+    if not {"num_images", "sha256"} <= provenance.keys():
+        raise DataError("the bundle does not say which images it was trained on")
+    if config.flow.num_classes:
+        images = match_labels(images, config.class_names, config.name)
+    count = provenance["num_images"]
+    if data_fingerprint(images.part(None, count)) != provenance["sha256"]:
+        raise DataError("the training images here are not the ones it was trained on")
+    return TrainingSplit(images.part(None, count), images.part(count, None))
