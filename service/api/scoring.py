@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 
 from service.api import examples
 from service.api.context import ContextDependency, class_name, resolve_class
+from service.api.judging import calibration_used, notices, question_of, verdict_fields
 from service.api.rendering import finite_or_none, tensor, warnings
 from service.api.running import cost_of, new_job, run
 from service.api.schemas import (
@@ -17,10 +18,8 @@ from service.api.schemas import (
     ErrorResponse,
     Notice,
     Protocol,
-    ScoreRequest,
-    ScoreResponse,
-    ScoreResult,
 )
+from service.api.score_schemas import ScoreRequest, ScoreResponse, ScoreResult
 from service.api.uploads import fit_uploads, read_images
 from service.errors import InvalidRequest
 from service.jobs import ModelInfo, Op
@@ -59,23 +58,31 @@ router = APIRouter(prefix="/v1", tags=["likelihood"], responses=ERRORS)
     "/score", response_model=ScoreResponse, summary="How likely are images?", openapi_extra=examples.body(ScoreRequest)
 )
 async def score(request: Request, context: ContextDependency) -> ScoreResponse:
-    """Exact log-likelihood of images, given a class or none, under the model's noise protocol."""
+    """Exact log-likelihood of images, given a class or none, under the model's noise protocol.
+
+    With ``alpha``, ``threshold``, ``score``, ``maps``, ``calibration`` or ``correction`` each image also gets a
+    verdict: whether it is anomalous by a calibration, with a conformal p-value, and on request where.
+    """
     body, uploads = await read_images(request, ScoreRequest, context.settings)
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
     check_draws(body.draws, context.settings)
-    await context.broker.check(model.name, cost_of(model, len(uploads), body.draws))
+    question = await question_of(context, model, body)
+    passes = body.draws + (0 if question is None else question.passes)
+    await context.broker.check(model.name, cost_of(model, len(uploads), passes))
     inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
-    payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed}
-    job = new_job(model, Op.SCORE, payload, len(uploads), passes=body.draws)
+    wanted = None if question is None else question.wanted
+    payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed, "statistics": wanted}
+    job = new_job(model, Op.SCORE, payload, len(uploads), passes)
     result, timing = await run(context, job)
+    verdicts = None if question is None else await verdict_fields(question, result, inputs, body.maps)
     protocol = protocol_of(model, body.draws, body.seed)
     images = []
     for i, changes in enumerate(inputs.changes):
         nats, spread, bits = (
             finite_or_none(result.arrays[name][i]) for name in ("log_likelihood", "log_likelihood_std", "bits_per_dim")
         )
-        notes = warnings(changes) + ([NON_FINITE] if nats is None else [])
+        notes = warnings(changes) + notices(question) + ([NON_FINITE] if nats is None else [])
         images.append(
             ScoreResult(
                 index=i,
@@ -85,11 +92,18 @@ async def score(request: Request, context: ContextDependency) -> ScoreResponse:
                 log_likelihood_std=spread if body.draws > 1 else None,
                 bits_per_dim=bits,
                 protocol=protocol,
+                **({} if verdicts is None else verdicts[i]),
                 warnings=notes,
             )
         )
     return ScoreResponse(
-        id=job.id, model=model.name, **{"class": class_name(model, label)}, images=images, timing=timing
+        id=job.id,
+        model=model.name,
+        **{"class": class_name(model, label)},
+        calibration=None if question is None else calibration_used(question),
+        correction=None if question is None else question.correction,
+        images=images,
+        timing=timing,
     )
 
 

@@ -1,0 +1,106 @@
+"""Verdicts in requests and answers: what /v1/score asks of a calibration, and how it shows what comes back."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import anyio.to_thread
+import numpy as np
+from numpy.typing import NDArray
+
+from model.anomaly.calibration import Calibration
+from model.images import original_box
+from service.api.context import Context
+from service.api.overlay import TOP, heat_map, overlay
+from service.api.rendering import finite_or_none, tensor
+from service.api.schemas import Notice
+from service.api.score_schemas import CalibrationUsed, MapColours, MapResult, Maps, Rate, RegionResult, ScoreRequest
+from service.api.uploads import Inputs
+from service.calibrations import OWN
+from service.jobs import JobResult, ModelInfo
+from service.verdicts import Question, Verdict, ask, judge, statistics_of
+
+
+async def question_of(context: Context, model: ModelInfo, body: ScoreRequest) -> Question | None:
+    """What a request asks of a calibration, or ``None``; raises ``InvalidRequest`` before any work is done."""
+    if not body.asks_verdicts:
+        return None
+
+    def checked() -> Question:
+        return ask(
+            context.calibrations.get(model, body.calibration),
+            body.calibration or OWN,
+            score=body.score,
+            alpha=body.alpha,
+            threshold=body.threshold,
+            correction=body.correction,
+            maps=body.maps != "none",
+        )
+
+    return await anyio.to_thread.run_sync(checked)
+
+
+async def verdict_fields(question: Question, result: JobResult, inputs: Inputs, maps: Maps) -> list[dict[str, Any]]:
+    """Each image's fields of the answer that are about its verdict."""
+
+    def build() -> list[dict[str, Any]]:
+        verdicts = judge(question, statistics_of(result.arrays), inputs.pixels)
+        return [_fields(question, verdict, inputs, i, maps) for i, verdict in enumerate(verdicts)]
+
+    return await anyio.to_thread.run_sync(build)
+
+
+def calibration_used(question: Question) -> CalibrationUsed:
+    """What the answer says of the calibration."""
+    count = question.calibration.record.num_calibration
+    return CalibrationUsed(name=question.name, num_calibration=count, score=question.score)
+
+
+def notices(question: Question | None) -> list[Notice]:
+    """What must be known of every verdict."""
+    if question is None or question.notice is None:
+        return []
+    return [Notice(code="codec_changed", message=question.notice)]
+
+
+def _fields(question: Question, verdict: Verdict, inputs: Inputs, index: int, maps: Maps) -> dict[str, Any]:
+    threshold, rate = question.threshold, question.false_positive_rate
+    image_size = inputs.pixels.shape[-1]
+    return {
+        "is_anomaly": verdict.is_anomaly,
+        "p_value": verdict.p_value,
+        "score": finite_or_none(verdict.score),
+        "threshold": None if threshold is None else finite_or_none(threshold),
+        "alpha": question.alpha,
+        "expected_false_positive_rate": None if rate is None else Rate(low=rate[0], high=rate[1]),
+        "direction": verdict.direction,
+        "features": {name: finite_or_none(value) for name, value in verdict.features.items()},
+        "map": None if maps == "none" else _map(question.calibration, verdict, inputs.pixels[index], maps),
+        "regions": None
+        if maps == "none"
+        else [
+            RegionResult(
+                bbox=region.bbox,
+                bbox_original=original_box(region.bbox, image_size, inputs.original_sizes[index]),
+                area=region.area,
+                peak=finite_or_none(region.peak),
+            )
+            for region in verdict.regions
+        ],
+    }
+
+
+def _map(calibration: Calibration, verdict: Verdict, pixels_CHW: NDArray[np.uint8], maps: Maps) -> MapResult:
+    threshold, map_HW = calibration.maps.threshold, verdict.map_HW
+    if map_HW is None or maps == "none":
+        raise AssertionError("maps were asked for")
+    scale = MapColours(threshold=finite_or_none(threshold), top=finite_or_none(TOP * threshold))
+    if maps == "array":
+        value = tensor(map_HW)
+        return MapResult(format=maps, shape=value.shape, b64=value.b64, scale=scale)
+    if maps == "png":
+        data = heat_map(map_HW, threshold)
+    else:
+        data = overlay(pixels_CHW, map_HW, threshold, [region.bbox for region in verdict.regions])
+    return MapResult(format=maps, shape=None, b64=base64.b64encode(data).decode(), scale=scale)
