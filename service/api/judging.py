@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from typing import Any
 
 import anyio.to_thread
@@ -44,11 +45,13 @@ async def question_of(context: Context, model: ModelInfo, body: ScoreRequest) ->
 async def verdict_fields(question: Question, result: JobResult, inputs: Inputs, maps: Maps) -> list[dict[str, Any]]:
     """Each image's fields of the answer that are about its verdict."""
 
-    def build() -> list[dict[str, Any]]:
-        verdicts = judge(question, statistics_of(result.arrays), inputs.pixels)
-        return [_fields(question, verdict, inputs, i, maps) for i, verdict in enumerate(verdicts)]
+    return await anyio.to_thread.run_sync(fields, question, result.arrays, inputs, maps)
 
-    return await anyio.to_thread.run_sync(build)
+
+def fields(question: Question, arrays: Mapping[str, NDArray[Any]], inputs: Inputs, maps: Maps) -> list[dict[str, Any]]:
+    """The same from a worker's arrays, at once."""
+    verdicts = judge(question, statistics_of(arrays), inputs.pixels)
+    return [_fields(question, verdict, inputs, i, maps) for i, verdict in enumerate(verdicts)]
 
 
 def calibration_used(question: Question) -> CalibrationUsed:

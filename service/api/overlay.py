@@ -22,10 +22,10 @@ LEAST_SIDE = 224
 """Pixels of the longer side, at least: smaller pictures show a person nothing."""
 TOP = 4.0
 """Value of the last colour, in thresholds."""
-LEVELS = (0.0, 0.5, 1.0, 2.0, TOP)
+LEVELS = (0.0, 0.5, 0.75, 1.0, 2.0, TOP)
 """Values of the colours, in thresholds."""
-COLOURS = ((255, 221, 64), (255, 221, 64), (255, 140, 0), (229, 30, 37), (214, 0, 147))
-OPACITY = (0.0, 0.0, 0.6, 0.75, 0.85)
+COLOURS = ((255, 221, 64), (255, 221, 64), (255, 190, 40), (255, 140, 0), (229, 30, 37), (214, 0, 147))
+OPACITY = (0.0, 0.0, 0.5, 0.7, 0.8, 0.9)
 GROUND = (24, 24, 32)
 """Behind a map alone."""
 BOX = (0, 229, 255)
@@ -82,7 +82,7 @@ def _blended(ground_HW3: NDArray[np.float64], map_HW: NDArray[np.float32], thres
 
 
 def _frame(picture: Pixels, box: Box, factor: int) -> None:
-    """Draw a box around pixels of the map, outside of them where there is room; its dark edge shows on bright images."""
+    """Draw a box around pixels of the map, outside of them where there is room; its dark edge shows on bright ones."""
     height, width = picture.shape[:2]
     x, y, wide, high = (factor * value for value in box)
     for grow, pixels, colour in ((BOX_PIXELS + 1, BOX_PIXELS + 2, BOX_EDGE), (BOX_PIXELS, BOX_PIXELS, BOX)):
