@@ -48,7 +48,8 @@ class ServerProcess:
         self._log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [TARFLOW, "serve", "--port", "0", "--threads", "1", *flags],
+                # Nothing of a test may stay in the home of whoever runs it.
+                [TARFLOW, "serve", "--port", "0", "--threads", "1", "--state", log.with_suffix(".state"), *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment(**more),
