@@ -27,7 +27,7 @@ from service.api.running import new_job
 from service.api.uploads import Inputs
 from service.calibrations import OWN
 from service.jobs import ModelInfo, Op, is_certified
-from service.verdicts import Question, ask
+from service.verdicts import Question, ask, judge, statistics_of
 from service.worker.cohort import Cohort
 from service.worker.loading import LoadedModel
 from service.worker.scoring import Arrays
@@ -171,9 +171,10 @@ def score(
     }
     if question is None:
         return result
-    verdicts = fields(question, arrays, inputs, "none" if overlays is None else "overlay")
+    verdicts = judge(question, statistics_of(arrays), inputs.pixels)
+    described = fields(question, verdicts, inputs, "none" if overlays is None else "overlay")
     pictures = [None] * len(paths) if overlays is None else _picture_paths(overlays, paths)
-    for image, verdict, path in zip(images, verdicts, pictures, strict=True):
+    for image, verdict, path in zip(images, described, pictures, strict=True):
         drawn = verdict.pop("map")
         image |= to_jsonable_python(verdict)
         if path is not None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import anyio.to_thread
-import numpy as np
-from numpy.typing import NDArray
+from fastapi import Request, Response
 
 from model.anomaly.calibration import Calibration
-from model.images import original_box
+from model.images import Format, encode_image, grid, original_box
 from service.api.context import Context
-from service.api.overlay import TOP, heat_map, overlay
-from service.api.rendering import finite_or_none, tensor
+from service.api.overlay import TOP, Pixels, heat_map, overlay
+from service.api.rendering import accepted_image, finite_or_none, tensor
 from service.api.schemas import Notice
 from service.api.score_schemas import CalibrationUsed, MapColours, MapResult, Maps, Rate, RegionResult, ScoreRequest
 from service.api.uploads import Inputs
@@ -42,15 +41,45 @@ async def question_of(context: Context, model: ModelInfo, body: ScoreRequest) ->
     return await anyio.to_thread.run_sync(checked)
 
 
-async def verdict_fields(question: Question, result: JobResult, inputs: Inputs, maps: Maps) -> list[dict[str, Any]]:
+def picture_format(request: Request, maps: Maps) -> Format | None:
+    """The image format that a request with pictured maps prefers to JSON, or ``None``; raises ``NotAcceptable``."""
+    return accepted_image(request.headers.get("accept"), "png") if maps in ("png", "overlay") else None
+
+
+async def verdicts_of(question: Question, result: JobResult, inputs: Inputs) -> list[Verdict]:
+    """Each image's verdict, from what the worker computed."""
+    return await anyio.to_thread.run_sync(judge, question, statistics_of(result.arrays), inputs.pixels)
+
+
+async def verdict_fields(
+    question: Question, verdicts: Sequence[Verdict], inputs: Inputs, maps: Maps
+) -> list[dict[str, Any]]:
     """Each image's fields of the answer that are about its verdict."""
+    return await anyio.to_thread.run_sync(fields, question, verdicts, inputs, maps)
 
-    return await anyio.to_thread.run_sync(fields, question, result.arrays, inputs, maps)
+
+async def picture(
+    question: Question,
+    verdicts: Sequence[Verdict],
+    inputs: Inputs,
+    maps: Maps,
+    file_format: Format,
+    headers: Mapping[str, str],
+) -> Response:
+    """The map of an image, or a grid of several, as the answer itself; the verdicts are in a header."""
+
+    def build() -> bytes:
+        pairs = zip(verdicts, inputs.pixels, strict=True)
+        drawn = [_drawn(question.calibration, verdict, pixels, maps) for verdict, pixels in pairs]
+        return encode_image(drawn[0] if len(drawn) == 1 else grid(drawn), file_format)
+
+    told = ",".join("anomaly" if verdict.is_anomaly else "normal" for verdict in verdicts)
+    data = await anyio.to_thread.run_sync(build)
+    return Response(data, media_type=f"image/{file_format}", headers={**headers, "x-tarflow-verdicts": told})
 
 
-def fields(question: Question, arrays: Mapping[str, NDArray[Any]], inputs: Inputs, maps: Maps) -> list[dict[str, Any]]:
-    """The same from a worker's arrays, at once."""
-    verdicts = judge(question, statistics_of(arrays), inputs.pixels)
+def fields(question: Question, verdicts: Sequence[Verdict], inputs: Inputs, maps: Maps) -> list[dict[str, Any]]:
+    """The same as :func:`verdict_fields`, where blocking is fine."""
     return [_fields(question, verdict, inputs, i, maps) for i, verdict in enumerate(verdicts)]
 
 
@@ -94,16 +123,21 @@ def _fields(question: Question, verdict: Verdict, inputs: Inputs, index: int, ma
     }
 
 
-def _map(calibration: Calibration, verdict: Verdict, pixels_CHW: NDArray[np.uint8], maps: Maps) -> MapResult:
+def _map(calibration: Calibration, verdict: Verdict, pixels_CHW: Pixels, maps: Maps) -> MapResult:
     threshold, map_HW = calibration.maps.threshold, verdict.map_HW
-    if map_HW is None or maps == "none":
-        raise AssertionError("maps were asked for")
     scale = MapColours(threshold=finite_or_none(threshold), top=finite_or_none(TOP * threshold))
-    if maps == "array":
+    if maps == "array" and map_HW is not None:
         value = tensor(map_HW)
-        return MapResult(format=maps, shape=value.shape, b64=value.b64, scale=scale)
+        return MapResult(format="array", shape=value.shape, b64=value.b64, scale=scale)
+    data = encode_image(_drawn(calibration, verdict, pixels_CHW, maps), "png")
+    kind: Literal["png", "overlay"] = "png" if maps == "png" else "overlay"
+    return MapResult(format=kind, shape=None, b64=base64.b64encode(data).decode(), scale=scale)
+
+
+def _drawn(calibration: Calibration, verdict: Verdict, pixels_CHW: Pixels, maps: Maps) -> Pixels:
+    if verdict.map_HW is None:
+        raise AssertionError("maps were asked for")
+    threshold = calibration.maps.threshold
     if maps == "png":
-        data = heat_map(map_HW, threshold)
-    else:
-        data = overlay(pixels_CHW, map_HW, threshold, [region.bbox for region in verdict.regions])
-    return MapResult(format=maps, shape=None, b64=base64.b64encode(data).decode(), scale=scale)
+        return heat_map(verdict.map_HW, threshold)
+    return overlay(pixels_CHW, verdict.map_HW, threshold, [region.bbox for region in verdict.regions])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.images import Box, encode_image
+from model.images import Box
 
 Pixels = NDArray[np.uint8]
 
@@ -35,15 +35,15 @@ MOST_BOXES = 10
 """Boxes that are drawn; with more of them nobody would see the image."""
 
 
-def heat_map(map_HW: NDArray[np.float32], threshold: float) -> bytes:
-    """A PNG of a map (H, W) alone, on a dark ground."""
+def heat_map(map_HW: NDArray[np.float32], threshold: float) -> Pixels:
+    """A picture (3, H, W) of a map (H, W) alone, on a dark ground; enlarged as all of them are."""
     size = _enlarged(map_HW.shape)
     ground = np.broadcast_to(np.array(GROUND, np.float64), (*size, 3))
-    return _png(_blended(ground, map_HW, threshold))
+    return _blended(ground, map_HW, threshold).transpose(2, 0, 1)
 
 
-def overlay(pixels_CHW: Pixels, map_HW: NDArray[np.float32], threshold: float, boxes: Sequence[Box] = ()) -> bytes:
-    """A PNG of an image (C, H, W), in grey, with its map (H, W) laid on it and the first boxes around regions.
+def overlay(pixels_CHW: Pixels, map_HW: NDArray[np.float32], threshold: float, boxes: Sequence[Box] = ()) -> Pixels:
+    """A picture (3, H, W) of an image in grey with its map (H, W) laid on it and the first boxes around regions.
 
     Colours of the image would be taken for those of the map.
     """
@@ -53,7 +53,7 @@ def overlay(pixels_CHW: Pixels, map_HW: NDArray[np.float32], threshold: float, b
     factor = size[0] // map_HW.shape[0]
     for box in boxes[:MOST_BOXES]:
         _frame(picture, box, factor)
-    return _png(picture)
+    return picture.transpose(2, 0, 1)
 
 
 def _enlarged(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -91,7 +91,3 @@ def _frame(picture: Pixels, box: Box, factor: int) -> None:
         inside = np.zeros((bottom - top, right - left), np.bool_)
         inside[pixels:-pixels, pixels:-pixels] = True
         picture[top:bottom, left:right][~inside] = colour
-
-
-def _png(picture_HW3: Pixels) -> bytes:
-    return encode_image(picture_HW3.transpose(2, 0, 1), "png")

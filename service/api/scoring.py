@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from service.api import examples
 from service.api.context import ContextDependency, class_name, resolve_class
-from service.api.judging import calibration_used, notices, question_of, verdict_fields
+from service.api.judging import (
+    calibration_used,
+    notices,
+    picture,
+    picture_format,
+    question_of,
+    verdict_fields,
+    verdicts_of,
+)
 from service.api.rendering import finite_or_none, tensor, warnings
 from service.api.running import cost_of, new_job, run
 from service.api.schemas import (
@@ -28,6 +36,14 @@ from service.settings import Settings
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
     "5XX": {"model": ErrorResponse, "description": "Why it cannot be done now"},
+}
+PICTURES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ScoreResponse,
+        "description": "JSON, or with maps as pictures and `Accept: image/png` (jpeg, webp) the picture itself; several "
+        "as a grid. The header x-tarflow-verdicts has `anomaly` or `normal` for each image",
+        "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}},
+    }
 }
 NON_FINITE = Notice(code="non_finite", message="the model gave a value that is not finite; it is shown as null")
 
@@ -55,18 +71,25 @@ router = APIRouter(prefix="/v1", tags=["likelihood"], responses=ERRORS)
 
 
 @router.post(
-    "/score", response_model=ScoreResponse, summary="How likely are images?", openapi_extra=examples.body(ScoreRequest)
+    "/score",
+    response_model=ScoreResponse,
+    responses=PICTURES,
+    summary="How likely are images, and are they normal?",
+    openapi_extra=examples.body(ScoreRequest),
 )
-async def score(request: Request, context: ContextDependency) -> ScoreResponse:
+async def score(request: Request, context: ContextDependency) -> Response | ScoreResponse:
     """Exact log-likelihood of images, given a class or none, under the model's noise protocol.
 
     With ``alpha``, ``threshold``, ``score``, ``maps``, ``calibration`` or ``correction`` each image also gets a
-    verdict: whether it is anomalous by a calibration, with a conformal p-value, and on request where.
+    verdict: whether it is anomalous by a calibration, with a conformal p-value, and on request where. With ``maps`` as
+    pictures and ``Accept: image/png`` the answer is the picture itself, and the header x-tarflow-verdicts has the
+    verdicts.
     """
     body, uploads = await read_images(request, ScoreRequest, context.settings)
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
     check_draws(body.draws, context.settings)
+    file_format = picture_format(request, body.maps)
     question = await question_of(context, model, body)
     passes = body.draws + (0 if question is None else question.passes)
     await context.broker.check(model.name, cost_of(model, len(uploads), passes))
@@ -75,7 +98,13 @@ async def score(request: Request, context: ContextDependency) -> ScoreResponse:
     payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed, "statistics": wanted}
     job = new_job(model, Op.SCORE, payload, len(uploads), passes)
     result, timing = await run(context, job)
-    verdicts = None if question is None else await verdict_fields(question, result, inputs, body.maps)
+    verdicts: list[dict[str, Any]] = [{} for _ in uploads]
+    if question is not None:
+        found = await verdicts_of(question, result, inputs)
+        if file_format is not None:
+            headers = {"x-tarflow-model": model.name, "x-tarflow-job": job.id}
+            return await picture(question, found, inputs, body.maps, file_format, headers)
+        verdicts = await verdict_fields(question, found, inputs, body.maps)
     protocol = protocol_of(model, body.draws, body.seed)
     images = []
     for i, changes in enumerate(inputs.changes):
@@ -92,7 +121,7 @@ async def score(request: Request, context: ContextDependency) -> ScoreResponse:
                 log_likelihood_std=spread if body.draws > 1 else None,
                 bits_per_dim=bits,
                 protocol=protocol,
-                **({} if verdicts is None else verdicts[i]),
+                **verdicts[i],
                 warnings=notes,
             )
         )

@@ -174,6 +174,27 @@ def test_pictures_are_enlarged_and_repeatable(client: httpx.Client, maps: str) -
     assert "gradient" in once["features"]
 
 
+@pytest.mark.parametrize("maps", ["png", "overlay"])
+def test_the_picture_itself_can_be_the_answer(client: httpx.Client, maps: str) -> None:
+    images = [planted(NEW[5]), NEW[6]]
+    sent = {"model": MODEL, "maps": maps, "alpha": 0.05, "images": [b64(file(image)) for image in images]}
+    expected = post(client, images, maps=maps, alpha=0.05)["images"]
+    for count, shape in ((1, (228, 228, 3)), (2, (228, 457, 3))):
+        body = {**sent, "images": sent["images"][:count]}
+        response = client.post("/v1/score", json=body, headers={"accept": "image/png"})
+        assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
+        shown = opened(response.content)
+        assert shown.shape == shape
+        told = ",".join("anomaly" if image["is_anomaly"] else "normal" for image in expected[:count])
+        assert response.headers["x-tarflow-verdicts"] == told
+    assert np.abs(shown[:, :228].astype(int) - opened(expected[0]["map"]["b64"])).max() <= 4
+    response = client.post("/v1/score", json=sent, headers={"accept": "text/html"})
+    assert (response.status_code, response.json()["error"]["code"]) == (406, "not_acceptable")
+    # There is no picture of numbers.
+    plain = {**sent, "maps": "array"}
+    assert client.post("/v1/score", json=plain, headers={"accept": "image/png"}).json()["images"][0]["map"]["shape"]
+
+
 DEGENERATE = {
     "black": np.zeros((SIZE, SIZE), np.uint8),
     "white": np.full((SIZE, SIZE), 255, np.uint8),
