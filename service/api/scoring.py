@@ -40,8 +40,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 PICTURES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ScoreResponse,
-        "description": "JSON, or with maps as pictures and `Accept: image/png` (jpeg, webp) the picture itself; several "
-        "as a grid. The header x-tarflow-verdicts has `anomaly` or `normal` for each image",
+        "description": "JSON, or with maps as pictures and `Accept: image/png` (jpeg, webp) the picture itself; "
+        "several as a grid. The header x-tarflow-verdicts has `anomaly` or `normal` for each image",
         "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}},
     }
 }
