@@ -73,9 +73,12 @@ async def picture(
         drawn = [_drawn(question.calibration, verdict, pixels, maps) for verdict, pixels in pairs]
         return encode_image(drawn[0] if len(drawn) == 1 else grid(drawn), file_format)
 
-    told = ",".join("anomaly" if verdict.is_anomaly else "normal" for verdict in verdicts)
+    told = {"x-tarflow-verdicts": ",".join("anomaly" if verdict.is_anomaly else "normal" for verdict in verdicts)}
+    noted = {change.code for changes in inputs.changes for change in changes}
+    noted |= {notice.code for notice in notices(question)}
+    notes = {"x-tarflow-warnings": ",".join(sorted(noted))} if noted else {}
     data = await anyio.to_thread.run_sync(build)
-    return Response(data, media_type=f"image/{file_format}", headers={**headers, "x-tarflow-verdicts": told})
+    return Response(data, media_type=f"image/{file_format}", headers={**headers, **told, **notes})
 
 
 def fields(question: Question, verdicts: Sequence[Verdict], inputs: Inputs, maps: Maps) -> list[dict[str, Any]]:
