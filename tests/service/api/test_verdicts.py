@@ -188,7 +188,7 @@ def test_the_picture_itself_can_be_the_answer(client: httpx.Client, maps: str) -
         told = ",".join("anomaly" if image["is_anomaly"] else "normal" for image in expected[:count])
         assert response.headers["x-tarflow-verdicts"] == told
     assert np.abs(shown[:, :228].astype(int) - opened(expected[0]["map"]["b64"])).max() <= 4
-        assert "x-tarflow-warnings" not in response.headers
+    assert "x-tarflow-warnings" not in response.headers
     large = {**sent, "images": [b64(file(pixels(20)))]}
     response = client.post("/v1/score", json=large, headers={"accept": "image/png"})
     assert response.headers["x-tarflow-warnings"] == "resized"
