@@ -14,7 +14,9 @@ import pytest
 from model.anomaly.calibration import Calibration
 from model.anomaly.conformal import benjamini_hochberg, false_positive_interval
 from model.bundle import read_bundle
+from tests.service.conftest import calibrated
 from tests.service.pictures import Pixels, b64, file, normal, opened, pixels
+from tests.service.processes import ServerProcess
 
 MODEL, SIZE = "tiny-uncond", 12
 DEFECT = (7, 2, 4, 4)
@@ -197,6 +199,22 @@ def test_the_picture_itself_can_be_the_answer(client: httpx.Client, maps: str) -
     # There is no picture of numbers.
     plain = {**sent, "maps": "array"}
     assert client.post("/v1/score", json=plain, headers={"accept": "image/png"}).json()["images"][0]["map"]["shape"]
+
+
+def test_calibrations_go_by_name(client: httpx.Client, server: ServerProcess, models: Path) -> None:
+    stored = [server.state / "calibrations" / name / "mine.safetensors" for name in (MODEL, "tiny-vp")]
+    for path in stored:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(calibrated(models / MODEL, "mine", seed=5))
+    try:
+        mine, own = post(client, [NEW[0]], calibration="mine"), post(client, [NEW[0]], calibration="default")
+        assert (mine["calibration"]["name"], own["calibration"]["name"]) == ("mine", "default")
+        assert mine["images"][0]["threshold"] != own["images"][0]["threshold"]
+        error = refused(client, calibration="mine", model="tiny-vp")
+        assert (error["param"], error["code"]) == ("calibration", "calibration_mismatch")
+    finally:
+        for path in stored:
+            path.unlink()
 
 
 DEGENERATE = {
