@@ -12,7 +12,7 @@ import math
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 Format = Literal["png", "jpeg", "webp"]
+Box = tuple[int, int, int, int]
+"""x and y of the upper left corner, width, height."""
 READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 DEFAULT_MAX_PIXELS = 32_000_000
 BACKGROUND = (255, 255, 255)
@@ -79,7 +81,9 @@ class Fitted:
     """8-bit pixels (C, H, W) in a model's size and colours, with all changes since the file."""
 
     pixels: NDArray[np.uint8]
-    changes: tuple[Change, ...] = field(default=())
+    changes: tuple[Change, ...] = ()
+    original_size: tuple[int, int] = (0, 0)
+    """Width and height of the image before it was fitted, upright."""
 
 
 def load_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decoded:
@@ -209,7 +213,21 @@ def fit_image(decoded: Decoded, image_size: int, channels: int) -> Fitted:
         changes.append(Change("resized", f"resized from {width}x{height} to {image_size}x{image_size}{crop}"))
     array = np.asarray(image, dtype=np.uint8)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return Fitted(np.ascontiguousarray(array), tuple(changes))
+    return Fitted(np.ascontiguousarray(array), tuple(changes), (width, height))
+
+
+def original_box(bbox: Box, image_size: int, original_size: tuple[int, int]) -> Box:
+    """Where a box in a fitted image's pixels was in the image before :func:`fit_image`, in whole pixels around it."""
+    shorter = min(original_size)
+    spans = []
+    for start, length, full in zip(bbox[:2], bbox[2:], original_size, strict=True):
+        # The crop begins at a half pixel where the sides differ by an odd number: everything is doubled here.
+        offset, double = full - shorter, 2 * image_size
+        first = (offset * image_size + 2 * start * shorter) // double
+        last = -(-(offset * image_size + 2 * (start + length) * shorter) // double)
+        spans.append((first, last - first))
+    (x, width), (y, height) = spans
+    return x, y, width, height
 
 
 def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -22,9 +22,9 @@ DECODING_THREADS = 4
 DESCRIPTION = """
 Images from TarFlow normalizing flows, and exactly how likely an image is.
 
-Draw images with **/v1/sample**, score uploads with **/v1/score**, ask which class they are of with **/v1/classify**,
-go to latents and back with **/v1/encode** and **/v1/decode**, clean noisy images with **/v1/denoise**. Every error is
-`{"error": {"message", "type", "param", "code"}}`.
+Draw images with **/v1/sample**, score uploads with **/v1/score**, and ask it whether they are normal, ask which class
+they are of with **/v1/classify**, go to latents and back with **/v1/encode** and **/v1/decode**, clean noisy images
+with **/v1/denoise**. Every error is `{"error": {"message", "type", "param", "code"}}`.
 """
 
 

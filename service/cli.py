@@ -172,24 +172,50 @@ def score(
     class_: Class = None,
     draws: Annotated[int, typer.Option(min=1, help="Noise draws per image.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    alpha: Annotated[
+        float | None, typer.Option(help="Level of the verdicts: the expected share of false alarms.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration file that says what is normal; by default the bundle's own.")
+    ] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Directory for a picture of each image that shows where it is unusual.")
+    ] = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Print how likely images are, without a server."""
+    """Print how likely images are, without a server; with a calibration, whether they are normal."""
     with clear_errors(), _service_errors():
         from service import local
 
-        result = local.score(model, device, files, label=class_, draws=draws, seed=seed)
+        result = local.score(
+            model,
+            device,
+            files,
+            label=class_,
+            draws=draws,
+            seed=seed,
+            alpha=alpha,
+            calibration=calibration,
+            overlays=overlay,
+        )
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    table = Table("file", "log-likelihood (nats)", "bits/dim", "changes")
+    used = result.get("calibration")
+    verdicts = ("verdict", "p-value") if used else ()
+    table = Table("file", "log-likelihood (nats)", "bits/dim", *verdicts, "changes")
     for image in result["images"]:
-        changes = "; ".join(image["warnings"])
-        table.add_row(image["file"], f"{image['log_likelihood']:.2f}", f"{image['bits_per_dim']:.4f}", changes)
+        cells = [image["file"], f"{image['log_likelihood']:.2f}", f"{image['bits_per_dim']:.4f}"]
+        if used:
+            cells += ["anomaly" if image["is_anomaly"] else "normal", f"{image['p_value']:.4g}"]
+        table.add_row(*cells, "; ".join(image["warnings"]))
     console = Console()
     console.print(table)
     console.print(result["protocol"]["meaning"])
+    if used:
+        level = result["images"][0]["alpha"]
+        console.print(f"verdicts at level {level:g}, by {used['num_calibration']} normal images of {used['name']!r}")
 
 
 def main() -> None:

@@ -34,6 +34,9 @@ LONG = frozenset(Op) - URGENT
 REDONE = (None, "tolerance", "non_finite")
 """Why an image was decoded again, by the number that a worker gives the reason."""
 
+STATISTICS = "statistics."
+"""What stands in front of the names of a score job's statistics."""
+
 EXIT_UNUSABLE = 3
 """Exit status of a worker that cannot start: a bad bundle, a missing device, a failed warm-up."""
 
@@ -44,8 +47,9 @@ class Job:
 
     sample: seeds [int], label, options, solver, trajectory — decode: latents (n, T, D) float32, label, options,
     solver, trajectory — denoise: pixels (n, C, H, W) uint8, label, add_noise, seed — score: pixels, label, draws,
-    seed — classify: pixels, draws, seed — encode: pixels, label, add_noise, seed. ``label`` is a class index or None
-    for no class, ``options`` are :class:`~model.config.SamplingDefaults`, ``solver`` is
+    seed, statistics — classify: pixels, draws, seed — encode: pixels, label, add_noise, seed. ``label`` is a class
+    index or None for no class, ``statistics`` is absent or None for none, or their {seed, gradient}: whether gradients
+    are wanted, ``options`` are :class:`~model.config.SamplingDefaults`, ``solver`` is
     :class:`~model.config.SolverOptions`, ``trajectory`` says whether the states after each block are wanted. Where
     ``floats`` is true, images come as floats too.
     """

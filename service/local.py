@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 
+from model.anomaly.calibration import Calibration, CalibrationError
 from model.bundle import Bundle, BundleConfig, BundleError, open_bundle
 from model.config import NoiseProtocol, SamplingDefaults, SolverOptions
 from model.device import resolve_device
@@ -16,10 +20,14 @@ from model.images import ImageError, encode_image, fit_image, load_image
 from model.official import read_checkpoint, to_flow
 from model.weights import write_bundle
 from service.api.context import resolve_class
+from service.api.judging import calibration_used, fields, notices
 from service.api.options import sampling_options
 from service.api.rendering import contact_sheet
 from service.api.running import new_job
-from service.jobs import Op, is_certified
+from service.api.uploads import Inputs
+from service.calibrations import OWN
+from service.jobs import ModelInfo, Op, is_certified
+from service.verdicts import Question, ask, judge, statistics_of
 from service.worker.cohort import Cohort
 from service.worker.loading import LoadedModel
 from service.worker.scoring import Arrays
@@ -123,31 +131,94 @@ def sample(
 
 
 def score(
-    name_or_path: str, device: str, paths: Sequence[Path], *, label: str | None, draws: int, seed: int
+    name_or_path: str,
+    device: str,
+    paths: Sequence[Path],
+    *,
+    label: str | None,
+    draws: int,
+    seed: int,
+    alpha: float | None = None,
+    calibration: Path | None = None,
+    overlays: Path | None = None,
 ) -> dict[str, Any]:
-    """Per file: log-likelihood, bits/dim and what was changed; raises ``ValueError`` naming a bad file."""
+    """Per file: log-likelihood, bits/dim and what was changed; with a calibration, from a file or the bundle, verdicts.
+
+    The verdicts' fields are those of /v1/score. ``overlays`` is a directory for a picture of each file, which shows
+    where it is unusual. Raises ``ValueError`` naming a bad file, ``InvalidRequest`` or ``CalibrationError``.
+    """
     model = _load(name_or_path, device)
-    config = model.flow.config
     index = resolve_class(model.info, label)
+    question = _question(model.info, calibration, alpha, maps=overlays is not None)
+    inputs = _fitted(paths, model.info)
+    wanted = None if question is None else question.wanted
+    payload = {"pixels": inputs.pixels, "label": index, "draws": draws, "seed": seed, "statistics": wanted}
+    [arrays] = score_jobs(model, [new_job(model.info, Op.SCORE, payload, len(paths))], BATCH_ROWS)
+    images: list[dict[str, Any]] = [
+        {
+            "file": str(path),
+            "log_likelihood": float(arrays["log_likelihood"][i]),
+            "bits_per_dim": float(arrays["bits_per_dim"][i]),
+            "warnings": [change.message for change in inputs.changes[i]]
+            + [notice.message for notice in notices(question)],
+        }
+        for i, path in enumerate(paths)
+    ]
+    result = {
+        "model": model.info.name,
+        "protocol": {**model.noise.to_dict(), "draws": draws, "seed": seed, "meaning": model.noise.meaning},
+        "images": images,
+    }
+    if question is None:
+        return result
+    verdicts = judge(question, statistics_of(arrays), inputs.pixels)
+    described = fields(question, verdicts, inputs, "none" if overlays is None else "overlay")
+    pictures = [None] * len(paths) if overlays is None else _picture_paths(overlays, paths)
+    for image, verdict, path in zip(images, described, pictures, strict=True):
+        drawn = verdict.pop("map")
+        image |= to_jsonable_python(verdict)
+        if path is not None:
+            path.write_bytes(base64.b64decode(drawn.b64))
+            image["overlay"] = str(path)
+    return {**result, "calibration": to_jsonable_python(calibration_used(question))}
+
+
+def _fitted(paths: Sequence[Path], model: ModelInfo) -> Inputs:
     fitted = []
     for path in paths:
         try:
-            fitted.append(fit_image(load_image(path.read_bytes()), config.image_size, config.channels))
+            fitted.append(fit_image(load_image(path.read_bytes()), model.flow.image_size, model.flow.channels))
         except (ImageError, OSError) as error:
             raise ValueError(f"{path}: {error}") from error
-    payload = {"pixels": np.stack([f.pixels for f in fitted]), "label": index, "draws": draws, "seed": seed}
-    job = new_job(model.info, Op.SCORE, payload, len(fitted))
-    [arrays] = score_jobs(model, [job], BATCH_ROWS)
-    return {
-        "model": model.info.name,
-        "protocol": {**model.noise.to_dict(), "draws": draws, "seed": seed, "meaning": model.noise.meaning},
-        "images": [
-            {
-                "file": str(path),
-                "log_likelihood": float(arrays["log_likelihood"][i]),
-                "bits_per_dim": float(arrays["bits_per_dim"][i]),
-                "warnings": [change.message for change in fitted[i].changes],
-            }
-            for i, path in enumerate(paths)
-        ],
-    }
+    return Inputs(
+        np.stack([image.pixels for image in fitted]),
+        [image.changes for image in fitted],
+        [path.name for path in paths],
+        [image.original_size for image in fitted],
+    )
+
+
+def _question(model: ModelInfo, path: Path | None, alpha: float | None, *, maps: bool) -> Question | None:
+    """What is asked of the calibration in a file or of the bundle's own; ``None`` where there is none."""
+    if path is not None:
+        try:
+            found = Calibration.from_bytes(path.read_bytes(), str(path))
+        except OSError as error:
+            raise CalibrationError(f"{path}: {error.strerror}") from error
+        found.check_model(model.name, model.model_id)
+        return ask(found, found.record.name, alpha=alpha, maps=maps)
+    if model.calibration is not None:
+        return ask(Calibration.from_bytes(model.calibration), OWN, alpha=alpha, maps=maps)
+    if alpha is not None or maps:
+        raise ValueError(f"calibration: model {model.name!r} comes without one; give a file with --calibration")
+    return None
+
+
+def _picture_paths(directory: Path, images: Sequence[Path]) -> list[Path]:
+    """Where each image's picture goes: under its name, numbered where several directories have the same."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for image in images:
+        names = (f"{image.stem}{'' if number == 1 else f'-{number}'}.png" for number in count(1))
+        paths.append(next(path for path in (directory / name for name in names) if path not in paths))
+    return paths

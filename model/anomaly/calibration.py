@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class Calibration:
     """Scores of the calibration images by name, sorted, (m,) each."""
     maps: MapScale
 
-    @property
+    @cached_property
     def codecs_match(self) -> bool:
         """Whether the codecs here give the lengths that they gave when it was made."""
         size, channels = self.maps.image_size, self.maps.channels

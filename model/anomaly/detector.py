@@ -136,7 +136,9 @@ class Detector:
         if "gradient" in statistics:
             scores["gradient"] = statistics["gradient"].astype(np.float64)
         # What the flow has no finite value for is as anomalous as anything.
-        return {name: np.nan_to_num(values, nan=np.inf, posinf=np.inf) for name, values in scores.items()}
+        return {
+            name: np.nan_to_num(values, nan=np.inf, posinf=np.inf, neginf=np.inf) for name, values in scores.items()
+        }
 
 
 def _shape(scale_22: Floats, patches_B: Floats, hidden_B: Floats) -> Floats:

@@ -166,12 +166,6 @@ class GivenClassRequest(ImagesRequest):
     class_: ClassField = None
 
 
-class ScoreRequest(GivenClassRequest):
-    """How likely are these images?"""
-
-    draws: Draws = 1
-
-
 class EncodeRequest(GivenClassRequest):
     """Images to latents."""
 
@@ -255,29 +249,6 @@ class Protocol(BaseModel):
     draws: int = Field(description="Noise draws; 0 when no noise was added.")
     seed: int | None
     meaning: str
-
-
-class ScoreResult(BaseModel):
-    """How likely one image is."""
-
-    index: int
-    filename: str | None = None
-    log_likelihood: float | None = Field(description="Nats, summed over the image, on the [-1, 1] pixel scale.")
-    log_likelihood_std: float | None = Field(description="Standard deviation over the draws; null for one draw.")
-    bits_per_dim: float | None
-    protocol: Protocol
-    warnings: list[Notice] = []
-
-
-class ScoreResponse(BaseModel):
-    """Scores of images."""
-
-    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
-    id: str
-    model: str
-    class_: str | None = Field(None, alias="class")
-    images: list[ScoreResult]
-    timing: Timing
 
 
 class EncodeResult(BaseModel):

@@ -45,11 +45,13 @@ class Inputs:
     pixels: NDArray[np.uint8]
     changes: list[tuple[Change, ...]]
     filenames: list[str | None]
+    original_sizes: list[tuple[int, int]]
+    """Width and height before the fitting."""
 
 
 def _form_value(name: str, text: str) -> Any:
     """A form field as the JSON value that it stands for; names stay text."""
-    if name in ("model", "class", "output_format"):
+    if name in ("model", "class", "calibration", "output_format"):
         return text or None
     try:
         return json.loads(text)
@@ -160,6 +162,7 @@ async def fit_uploads(
         np.stack([image.pixels for image in fitted]),
         [image.changes for image in fitted],
         [upload.filename for upload in uploads],
+        [image.original_size for image in fitted],
     )
 
 

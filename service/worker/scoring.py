@@ -17,6 +17,7 @@ from model.likelihood import add_noise, bits_per_dim, centre_draw, combine_draws
 from model.noise import input_noise
 from service.jobs import Job, Op
 from service.worker.loading import LoadedModel
+from service.worker.statistics import statistics
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -77,16 +78,18 @@ def _log_likelihoods(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -
 
 
 def score(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Arrays]:
-    """Per job: log_likelihood (n,) nats, its spread over draws (n,), bits_per_dim (n,), as float64."""
-    results = []
-    for nats in _log_likelihoods(model, jobs, batch_rows):
+    """Per job: log_likelihood (n,) nats, its spread over draws (n,), bits_per_dim (n,), as float64.
+
+    Jobs that ask for statistics get these too: see :mod:`service.worker.statistics`.
+    """
+    results: list[Arrays] = []
+    for job, nats in zip(jobs, _log_likelihoods(model, jobs, batch_rows), strict=True):
         by_draw = nats[..., 0]
         combined = combine_draws(by_draw, model.noise)
         spread = by_draw.std(dim=0) if len(by_draw) > 1 else torch.zeros_like(combined)
         bits = torch.as_tensor(bits_per_dim(combined, model.flow.config.num_dims, model.noise))
-        results.append(
-            {"log_likelihood": combined.numpy(), "log_likelihood_std": spread.numpy(), "bits_per_dim": bits.numpy()}
-        )
+        own = {"log_likelihood": combined, "log_likelihood_std": spread, "bits_per_dim": bits}
+        results.append({name: values.numpy() for name, values in own.items()} | statistics(model, job, batch_rows))
     return results
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.images import ImageError, encode_image, fit_image, grid, load_image, to_pillow
+from model.images import ImageError, encode_image, fit_image, grid, load_image, original_box, to_pillow
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (24, 20, 3), dtype=np.uint8)
@@ -335,3 +335,42 @@ def test_a_phone_photograph_with_a_second_picture_is_one_image() -> None:
     decoded = load_image(buffer.getvalue())
     assert decoded.image.size == (40, 30)
     assert np.abs(np.asarray(decoded.image).astype(int) - (10, 200, 30)).max() <= 4
+
+
+class TestOriginalBox:
+    """Boxes are found again where they were before scaling and cropping."""
+
+    def test_by_hand(self) -> None:
+        assert original_box((1, 2, 3, 4), 28, (28, 28)) == (1, 2, 3, 4)
+        assert original_box((0, 0, 28, 28), 28, (100, 60)) == (20, 0, 60, 60)
+        assert original_box((0, 0, 28, 28), 28, (60, 100)) == (0, 20, 60, 60)
+        assert original_box((7, 14, 7, 7), 28, (56, 112)) == (14, 56, 14, 14)
+        assert original_box((27, 5, 1, 1), 28, (1, 1)) == (0, 0, 1, 1)
+        # The crop of 3 x 2 pixels begins at half a pixel.
+        assert original_box((0, 0, 1, 1), 2, (3, 2)) == (0, 0, 2, 1)
+
+    @settings(max_examples=60, deadline=None)
+    @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(1, 40), data=st.data())
+    def test_inside_of_the_image_and_not_empty(self, width: int, height: int, size: int, data: st.DataObject) -> None:
+        x, y = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, size - 1))
+        w, h = data.draw(st.integers(1, size - x)), data.draw(st.integers(1, size - y))
+        left, top, wide, high = original_box((x, y, w, h), size, (width, height))
+        assert 0 <= left < left + wide <= width
+        assert 0 <= top < top + high <= height
+
+    @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (71, 64)])
+    def test_a_bright_square_is_found_again(self, shape: tuple[int, int]) -> None:
+        image = np.zeros(shape, np.uint8)
+        image[30:42, 36:50] = 255
+        fitted = fit_image(load_image(save(Image.fromarray(image), "PNG")), 30, 1)
+        assert fitted.original_size == (shape[1], shape[0])
+        rows, columns = np.nonzero(fitted.pixels[0] > 127)
+        box = (int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1)
+        found = original_box(box, 30, fitted.original_size)
+        assert np.abs(np.array(found) - (36, 30, 14, 12)).max() <= 3
+
+    def test_turned_photographs_are_upright(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        fitted = fit_image(load_image(save(Image.new("L", (40, 20)), "JPEG", exif=exif)), 10, 1)
+        assert fitted.original_size == (20, 40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
-from model.bundle import BUNDLED, read_bundle
+from model.anomaly.calibration import calibrate
+from model.anomaly.statistics import image_statistics
+from model.bundle import BUNDLED, CALIBRATION, MANIFEST, read_bundle, sha256
 from model.config import FlowConfig, NoiseProtocol
 from model.sampling.plan import BlockConvergence, ConvergenceProfile, segment_lengths
 from model.weights import load_flow, update_bundle, write_bundle
 from service.local import import_checkpoint
+from tests.service.pictures import normal
 from tests.service.processes import ServerProcess
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -23,6 +28,9 @@ CLASSES = ("cat", "dog", "0", "fox", "owl")
 
 PRIOR = (0.4, 0.3, 0.15, 0.1, 0.05)
 """p(y) of tiny-uniform's classes."""
+
+NORMALS = 200
+"""Images of tiny-uncond's calibration: half of them make p-values."""
 
 Start = Callable[..., ServerProcess]
 
@@ -55,11 +63,29 @@ def set_prior(directory: Path, prior: tuple[float, ...]) -> None:
     write_bundle(directory, config, load_flow(bundle), bundle.sampling, bundle.card)
 
 
+def calibrated(directory: Path, name: str = "own", seed: int = 0) -> bytes:
+    """A calibration of a bundle of grey images, made from normal pictures."""
+    bundle = read_bundle(directory)
+    pixels = normal(NORMALS, bundle.config.flow.image_size, seed)[:, None]
+    noise = bundle.config.noise
+    statistics = image_statistics(load_flow(bundle), noise, torch.from_numpy(pixels), None, seed=0, gradient=True)
+    about = {"name": name, "model": bundle.name, "model_id": bundle.model_id, "noise": noise.to_dict()}
+    return calibrate(statistics, pixels, {**about, "seed": 0, "created": 0}).to_bytes()
+
+
+def set_calibration(directory: Path, data: bytes) -> None:
+    """Make a calibration a bundle's own."""
+    (directory / CALIBRATION).write_bytes(data)
+    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest["sha256"][CALIBRATION] = sha256(data)
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundles: fashion-mnist, tiny-cond, tiny-uncond, tiny-uniform and tiny-vp; the first and the last are tuned.
 
-    tiny-uniform has a class prior that is not uniform.
+    tiny-uniform has a class prior that is not uniform, tiny-uncond a calibration of its own.
     """
     directory = tmp_path_factory.mktemp("models")
     shutil.copytree(BUNDLED / "fashion-mnist", directory / "fashion-mnist")
@@ -72,6 +98,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         import_checkpoint(REFERENCE / f"{checkpoint}.pth", directory / name, noise, name=name, class_names=classes)
     set_prior(directory / "tiny-uniform", PRIOR)
+    set_calibration(directory / "tiny-uncond", calibrated(directory / "tiny-uncond"))
     for name in ("fashion-mnist", "tiny-vp"):
         bundle = read_bundle(directory / name)
         if bundle.convergence is None:

@@ -22,6 +22,14 @@ def pixels(size: int = 28, channels: int = 1, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def normal(count: int, size: int = 12, seed: int = 0) -> Pixels:
+    """Images (N, size, size) of one kind: waves of random phase with a little noise, none of them bright."""
+    random = np.random.default_rng(seed)
+    phase = random.uniform(0, 2 * np.pi, (count, 1, 1))
+    wave = np.sin(np.add.outer(np.arange(size), np.arange(size)) / 3 + phase)
+    return np.clip(90 + 40 * wave + random.normal(0, 6, (count, size, size)), 0, 255).astype(np.uint8)
+
+
 def file(image: Pixels | Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
     """An image as a file."""
     picture, buffer = image if isinstance(image, Image.Image) else Image.fromarray(image), io.BytesIO()

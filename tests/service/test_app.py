@@ -30,7 +30,7 @@ class Broken(MemoryBroker):
 
 def make(models: Path, kind: type[MemoryBroker] = MemoryBroker, *, worker: bool = True, **changes: Any) -> Any:
     """An app, with a worker that never claims anything."""
-    settings = Settings(max_body_bytes=SMALL, **changes)
+    settings = Settings(max_body_bytes=SMALL, **{"state": models / ".state", **changes})
     broker = kind(max_queue_cost=settings.max_queue_cost, lease_seconds=60, ready_seconds=60, max_attempts=3)
     infos = tuple(ModelInfo.of(bundle) for bundle in find_bundles(models))
     broker.announce(infos)
@@ -137,6 +137,19 @@ async def test_classifying_costs_a_pass_for_every_class_and_none(models: Path) -
         response = await client.post("/v1/classify", json=body)
         assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
         assert f"this request costs {2 * 16 * 6 * 3}" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "passes"), [({}, 3), ({"alpha": 0.1}, 4), ({"score": "gradient"}, 7), ({"maps": "array"}, 7)]
+)
+async def test_verdicts_cost_a_pass_and_gradients_three_more(models: Path, asked: dict[str, Any], passes: int) -> None:
+    app = make(models, max_queue_cost=10)
+    await app.state.broker.submit(Job(id="a", op=Op.SAMPLE, model="tiny-uncond", payload={}, rows=1, cost=1))
+    async with connect(app) as client:
+        body = {"model": "tiny-uncond", "images": ["aGk="] * 2, "draws": 3, **asked}
+        response = await client.post("/v1/score", json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+    assert f"this request costs {2 * 36 * passes}" in response.json()["error"]["message"]
 
 
 async def test_limits_are_settings(models: Path) -> None:

@@ -14,8 +14,11 @@ from typer.testing import CliRunner, Result
 
 from model.bundle import BUNDLED, CONFIG, read_bundle
 from service.cli import app
-from tests.service.pictures import answered, b64, file, opened, pixels
+from tests.service.conftest import calibrated
+from tests.service.pictures import answered, b64, file, normal, opened, pixels
 from tests.service.processes import tarflow
+
+OVERLAYS = ["image.png", "image-2.png"]
 
 
 def run(*arguments: str | Path) -> Result:
@@ -245,3 +248,55 @@ def test_import_never_replaces_what_is_not_a_bundle(reference: Path, tmp_path: P
     assert tarflow("import", checkpoint, bundle, "--noise-std", "0.05").returncode == 0
     assert tarflow("import", checkpoint, bundle, "--noise-std", "0.05").returncode == 2
     assert tarflow("import", checkpoint, bundle, "--noise-std", "0.05", "--force").returncode == 0
+
+
+def test_score_gives_the_server_s_verdicts(client: httpx.Client, models: Path, tmp_path: Path) -> None:
+    image = normal(1, 12, seed=3)[0]
+    image[2:6, 7:11] = 255
+    paths = [tmp_path / "a" / "image.png", tmp_path / "b" / "image.png"]
+    for path, content in zip(paths, (normal(1, 12, seed=2)[0], image), strict=True):
+        path.parent.mkdir()
+        path.write_bytes(file(content))
+    flags: list[str | Path] = ["--model", models / "tiny-uncond", "--alpha", "0.05", "--overlay", tmp_path / "out"]
+    result = run("score", *paths, *flags, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    body = {"model": "tiny-uncond", "alpha": 0.05, "maps": "overlay", "images": [b64(p.read_bytes()) for p in paths]}
+    served = client.post("/v1/score", json=body).json()
+    assert printed["calibration"] == served["calibration"]
+    for mine, theirs in zip(printed["images"], served["images"], strict=True):
+        for name in ("is_anomaly", "alpha", "threshold", "expected_false_positive_rate", "direction"):
+            assert mine[name] == theirs[name]
+        assert mine["score"] == pytest.approx(theirs["score"], rel=1e-3, abs=1e-3)
+        assert [region["bbox"] for region in mine["regions"]] == [region["bbox"] for region in theirs["regions"]]
+    assert [image["overlay"] for image in printed["images"]] == [str(tmp_path / "out" / n) for n in OVERLAYS]
+    assert all(opened((tmp_path / "out" / name).read_bytes()).shape == (228, 228, 3) for name in OVERLAYS)
+    table = run("score", *paths, *flags).stdout
+    assert "anomaly" in table
+    assert "verdicts at level 0.05" in table
+    # Doing it again replaces the pictures.
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(OVERLAYS)
+
+
+def test_score_takes_a_calibration_from_a_file(models: Path, tmp_path: Path) -> None:
+    path, mine = tmp_path / "image.png", tmp_path / "mine.safetensors"
+    path.write_bytes(file(normal(1, 12)[0]))
+    mine.write_bytes(calibrated(models / "tiny-uncond", "mine", seed=5))
+    flags: list[str | Path] = ["--model", models / "tiny-uncond", "--calibration", mine, "--json"]
+    printed = json.loads(run("score", path, *flags).stdout)
+    assert printed["calibration"] == {"name": "mine", "num_calibration": 100, "score": "combined"}
+    assert printed["images"][0]["regions"] is None
+    assert_refused(run("score", path, *flags, "--alpha", "0.001"), "alpha", "1/101")
+    assert_refused(run("score", path, "--model", models / "tiny-vp", "--calibration", mine), "'mine'", "'tiny-uncond'")
+    assert_refused(run("score", path, *flags[:2], "--calibration", path), "image.png", "not a calibration")
+    assert_refused(run("score", path, *flags[:2], "--calibration", tmp_path / "none"), "none", "No such file")
+
+
+def test_score_without_a_calibration_is_plain(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(file(pixels(8)))
+    printed = json.loads(run("score", path, "--model", models / "tiny-vp", "--json").stdout)
+    assert printed.keys() == {"model", "protocol", "images"}
+    assert printed["images"][0].keys() == {"file", "log_likelihood", "bits_per_dim", "warnings"}
+    for flags in (["--alpha", "0.1"], ["--overlay", tmp_path / "out"]):
+        assert_refused(run("score", path, "--model", models / "tiny-vp", *flags), "calibration", "--calibration")

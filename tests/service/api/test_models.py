@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 
 from model.bundle import read_bundle
-from tests.service.conftest import CLASSES
+from tests.service.conftest import CLASSES, NORMALS
 
 NAMES = ["fashion-mnist", "tiny-cond", "tiny-uncond", "tiny-uniform", "tiny-vp"]
 
@@ -51,6 +51,17 @@ def test_a_prior_is_always_numbers(client: httpx.Client, models: Path) -> None:
     skewed = client.get("/v1/models/tiny-uniform").json()
     assert skewed["class_prior"] == list(read_bundle(models / "tiny-uniform").config.class_prior)
     assert client.get("/v1/models/tiny-uncond").json()["class_prior"] == []
+
+
+def test_a_calibrated_model_says_what_it_can_be_asked(client: httpx.Client) -> None:
+    assert client.get("/v1/models/tiny-uncond").json()["anomaly"] == {
+        "calibrated": True,
+        "scores": ["combined", "nll", "typicality", "complexity", "latent", "gradient", "max_patch"],
+        "num_calibration": NORMALS // 2,
+        "smallest_alpha": 1 / (NORMALS // 2 + 1),
+    }
+    none = {"calibrated": False, "scores": [], "num_calibration": None, "smallest_alpha": None}
+    assert client.get("/v1/models/tiny-cond").json()["anomaly"] == none
 
 
 def test_every_model_can_be_described(client: httpx.Client) -> None:

@@ -147,3 +147,17 @@ async def test_heartbeats_speak_of_the_cohort_that_works(bench: Bench, monkeypat
     known = [i for i, beat in enumerate(beats) if "slow" in beat]
     assert len(known) > 4
     assert known == list(range(known[0], known[-1] + 1))
+
+
+async def test_gradients_keep_the_lease_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of every pass beats, forward and on the way back."""
+    monkeypatch.setattr("service.worker.engine.HEARTBEAT_SECONDS", 0.0)
+    beats: list[set[str]] = []
+    heartbeat = bench.engine._broker.heartbeat
+    monkeypatch.setattr(bench.engine._broker, "heartbeat", lambda p, m: beats.append(set(p)) or heartbeat(p, m))
+    job = score("slow")
+    await bench.broker.submit(replace(job, payload={**job.payload, "statistics": {"seed": 0, "gradient": True}}))
+    bench.thread.start()
+    assert "statistics.gradient" in (await bench.broker.wait("slow", PATIENCE)).arrays
+    # Two blocks, in: the likelihood, the statistics, the gradient's way there and back.
+    assert sum("slow" in beat for beat in beats) >= 2 * 4
