@@ -46,6 +46,8 @@ class ServerProcess:
 
     def __init__(self, log: Path, *flags: str | Path, **more: str) -> None:
         self._log = log
+        # Its own state: nothing touches the tester's, and no server goes on with another's work.
+        more.setdefault("TARFLOW_STATE", str(log.with_name(f"{log.name}-state")))
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [TARFLOW, "serve", "--port", "0", "--threads", "1", *flags],
