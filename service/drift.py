@@ -2,7 +2,8 @@
 
 Conformal p-values of images like the calibration's are uniform on the grid 1/(m + 1), …, 1. The largest distance of a
 window's distribution from that one (Kolmogorov 1933) stays below about 1.63/√n in 99 of 100 windows of n such images,
-and grows when cameras, products or processes change. Everything here runs on the event loop.
+and grows when cameras, products or processes change. (One set of m calibration images is itself a sample: as with any
+two samples the distance to expect is that of √(1/n + 1/m).) Everything here runs on the event loop.
 """
 
 from __future__ import annotations
