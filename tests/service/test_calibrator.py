@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from model.bundle import find_bundles
+from service.api import normals as normals_module
 from service.app import create_app
 from service.broker.memory import MemoryBroker
 from service.calibrations import CalibrationStore
@@ -362,3 +363,14 @@ async def test_the_bundles_own_comes_first(models: Path, tmp_path: Path) -> None
         assert (found["name"], found["usable"]) == ("default", True)
         response = await served.client.delete(f"{PATH}/default", params=MODEL)
         assert (response.status_code, response.json()["error"]["param"]) == (422, "calibration")
+
+
+async def test_large_images_are_counted_by_their_values(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with service(models, tmp_path) as served:
+        [info] = [info for info in await served.broker.models() if info.name == NAME]
+        monkeypatch.setattr(normals_module, "MOST_VALUES", (COUNT - 1) * info.flow.num_dims)
+        error = (await served.post("a")).json()["error"]
+        assert (error["param"], error["code"]) == ("files", "invalid_count")
+        assert f"allowed are {COUNT - 1} of model" in error["message"]
