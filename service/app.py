@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib.metadata import version
 
 import anyio
 from fastapi import FastAPI
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
-from service.api import classifying, envelope, health, models, sampling, scoring
-from service.api.observing import Observing
+from service.api import calibrating, classifying, envelope, health, models, sampling, scoring
+from service.api.observing import BodyLimit, BodyLimits, Observing
 from service.broker.base import Broker
 from service.calibrations import CalibrationStore
+from service.calibrator import Calibrator
+from service.drift import Drift
 from service.metrics import ServiceMetrics
+from service.pending import PendingStore
 from service.settings import Settings
 
 DECODING_THREADS = 4
@@ -24,7 +26,8 @@ Images from TarFlow normalizing flows, and exactly how likely an image is.
 
 Draw images with **/v1/sample**, score uploads with **/v1/score**, and ask it whether they are normal, ask which class
 they are of with **/v1/classify**, go to latents and back with **/v1/encode** and **/v1/decode**, clean noisy images
-with **/v1/denoise**. Every error is `{"error": {"message", "type", "param", "code"}}`.
+with **/v1/denoise**. Say what is normal with **/v1/calibrations**. Every error is
+`{"error": {"message", "type", "param", "code"}}`.
 """
 
 
@@ -38,24 +41,40 @@ def create_app(
 ) -> FastAPI:
     """Build the app over a broker.
 
-    ``lifespan`` starts and stops what runs beside it; ``draining`` and ``restarts`` report on that.
+    ``lifespan`` starts and stops what runs beside it; ``draining`` and ``restarts`` report on that. Calibrations that
+    an earlier process accepted go on within it.
     """
+    store, drift = CalibrationStore(settings.state), Drift(settings.drift_window)
+    calibrator = Calibrator(
+        broker, store, PendingStore(settings.state), batch_rows=settings.batch_rows, changed=drift.forget
+    )
+
+    @asynccontextmanager
+    async def with_calibrator(app: FastAPI) -> AsyncIterator[None]:
+        async with nullcontext() if lifespan is None else lifespan(app):
+            await calibrator.start()
+            try:
+                yield
+            finally:
+                await calibrator.stop()
+
     app = FastAPI(
         title="TarFlow",
         summary="Normalizing flows in production",
         description=DESCRIPTION,
         version=version("tarflow"),
-        lifespan=lifespan,
+        lifespan=with_calibrator,
     )
     app.state.settings, app.state.broker = settings, broker
-    app.state.calibrations = CalibrationStore(settings.state)
-    app.state.metrics = ServiceMetrics()
+    app.state.calibrations, app.state.calibrator, app.state.drift = store, calibrator, drift
+    app.state.metrics = ServiceMetrics(drift)
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)
     app.state.draining, app.state.restarts = draining, restarts
-    for part in (sampling, scoring, classifying, models, health):
+    for part in (sampling, scoring, classifying, calibrating, models, health):
         app.include_router(part.router)
     envelope.install(app)
     # Inside of Observing, which answers in the envelope where FastAPI's own limit would not.
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
-    app.add_middleware(Observing, metrics=app.state.metrics, max_body_bytes=settings.max_body_bytes)
+    limits = BodyLimits(settings.max_body_bytes, {calibrating.PATH: settings.max_calibration_bytes})
+    app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(Observing, metrics=app.state.metrics, limits=limits)
     return app

@@ -7,19 +7,34 @@ Files are read once and kept; everything here blocks, so the API calls it in thr
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from model.anomaly.calibration import Calibration, CalibrationError
+from model.anomaly.calibration import Calibration, CalibrationError, CalibrationMismatch
 from model.bundle import NAMES, is_name
 from service.errors import InvalidRequest, NotFound
 from service.jobs import ModelInfo
 
+log = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 OWN = "default"
 """Name by which a bundle's own calibration is listed; no other may have it."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A calibration file of the state directory, or a bundle's own."""
+
+    name: str
+    """Name to call it by."""
+    calibration: Calibration | None
+    """``None`` for a damaged file."""
+    reason: str | None = None
+    """Why it cannot be used with the model as it is served now; ``None`` when it can."""
 
 
 class CalibrationStore:
@@ -29,7 +44,7 @@ class CalibrationStore:
         """``directory`` is made when something is first stored."""
         self._directory = directory / "calibrations"
         self._lock = threading.Lock()
-        self._known: dict[Path | str, tuple[float, Calibration]] = {}
+        self._known: dict[Path | str, tuple[tuple[int, int], Calibration]] = {}
 
     def get(self, model: ModelInfo, name: str | None) -> Calibration:
         """A calibration by name, or the bundle's own for ``None``; fits the model's very weights.
@@ -47,7 +62,14 @@ class CalibrationStore:
                 )
             return own
         path = self._path(model.name, name)
-        calibration = self._read(path)
+        try:
+            calibration = self._read(path)
+        except (CalibrationError, OSError) as error:
+            raise InvalidRequest(
+                f"calibration: {name!r} is damaged and cannot be used ({error}); delete it and make it anew",
+                param="calibration",
+                code="calibration_damaged",
+            ) from error
         if calibration is None:
             raise InvalidRequest(
                 f"calibration: got {name[:100]!r}, of model {model.name!r} there are {self._listed(model)}",
@@ -67,6 +89,7 @@ class CalibrationStore:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         temporary.write_bytes(calibration.to_bytes())
         temporary.replace(path)
+        self._forget(path)
 
     def delete(self, model: ModelInfo, name: str) -> None:
         """Forget a calibration; raises ``NotFound`` for one that is not there and for the bundle's own."""
@@ -74,24 +97,48 @@ class CalibrationStore:
             raise InvalidRequest(
                 f"calibration: {OWN!r} belongs to the bundle and cannot be deleted", param="calibration"
             )
+        path = self._path(model.name, name)
+        self._forget(path)
         try:
-            self._path(model.name, name).unlink()
+            path.unlink()
         except FileNotFoundError:
-            raise NotFound(
-                f"calibration: got {name[:100]!r}, of model {model.name!r} there are {self._listed(model)}",
-                param="calibration",
-                code="calibration_not_found",
-            ) from None
+            raise self.missing(model, name) from None
 
     def list(self, model: ModelInfo) -> Iterator[tuple[str, Calibration]]:
         """Every calibration of a model's very weights with the name to call it by, the bundle's own first."""
+        for stored in self.entries(model):
+            if stored.calibration is not None and stored.reason is None:
+                yield stored.name, stored.calibration
+
+    def entries(self, model: ModelInfo) -> Iterator[Stored]:
+        """Everything that is kept for a model of this name, usable or not, the bundle's own first."""
         own = self._own(model)
         if own is not None:
-            yield OWN, own
+            yield Stored(OWN, own)
         for path in sorted((self._directory / model.name).glob(f"[!.]*{SUFFIX}")):
-            calibration = self._read(path)
-            if calibration is not None and calibration.record.model_id == model.model_id:
-                yield path.name.removesuffix(SUFFIX), calibration
+            name = path.name.removesuffix(SUFFIX)
+            try:
+                calibration = self._read(path)
+                if calibration is not None:
+                    calibration.check_model(model.name, model.model_id)
+                    yield Stored(name, calibration)
+            except CalibrationMismatch as error:
+                yield Stored(name, calibration, str(error))
+            except (CalibrationError, OSError) as error:
+                log.error("a calibration that cannot be read: %s", error)
+                yield Stored(name, None, f"the file is damaged: {error}")
+
+    def missing(self, model: ModelInfo, name: str) -> NotFound:
+        """The error for a name that is not there."""
+        return NotFound(
+            f"calibration: got {name[:100]!r}, of model {model.name!r} there are {self._listed(model)}",
+            param="calibration",
+            code="calibration_not_found",
+        )
+
+    def holds(self, model: ModelInfo, name: str) -> bool:
+        """Whether there is a file of this name, usable or not."""
+        return self._path(model.name, name).exists()
 
     def _listed(self, model: ModelInfo) -> str:
         names = [name for name, _ in self.list(model)]
@@ -104,7 +151,7 @@ class CalibrationStore:
         key = f"{model.model_id} {hash(model.calibration)}"
         with self._lock:
             if key not in self._known:
-                self._known[key] = 0.0, Calibration.from_bytes(model.calibration, f"calibration of {model.name}")
+                self._known[key] = (0, 0), Calibration.from_bytes(model.calibration, f"calibration of {model.name}")
             return self._known[key][1]
 
     def _path(self, model: str, name: str) -> Path:
@@ -112,12 +159,18 @@ class CalibrationStore:
             raise InvalidRequest(f"calibration: got {name[:100]!r}, allowed is {NAMES}", param="calibration")
         return self._directory / model / f"{name}{SUFFIX}"
 
+    def _forget(self, path: Path) -> None:
+        with self._lock:
+            self._known.pop(path, None)
+
     def _read(self, path: Path) -> Calibration | None:
         """A stored calibration, or ``None``; raises ``CalibrationError`` for a damaged file."""
         try:
-            changed = path.stat().st_mtime
+            status = path.stat()
         except FileNotFoundError:
             return None
+        # A file that replaces another within the clock's resolution is another inode.
+        changed = status.st_mtime_ns, status.st_ino
         with self._lock:
             known = self._known.get(path)
         if known is not None and known[0] == changed:

@@ -4,6 +4,7 @@
     ├── InvalidRequest         a value the caller sent is not allowed
     │   └── MalformedRequest   the body cannot even be parsed
     ├── NotFound               no such path, model or job
+    ├── Conflict               there is such a thing already
     ├── MethodNotAllowed       the path exists, not with this method
     ├── BodyTooLarge           the request is larger than the limit
     ├── NotAcceptable          no response type the caller accepts
@@ -73,6 +74,13 @@ class NotFound(ServiceError):
 
     type = "invalid_request_error"
     default_code = "not_found"
+
+
+class Conflict(ServiceError):
+    """It is there already; what is to be done about that must be said."""
+
+    type = "invalid_request_error"
+    default_code = "already_exists"
 
 
 class MethodNotAllowed(ServiceError):

@@ -10,16 +10,18 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.broker.base import QueueStats, WorkerStatus
+from service.drift import Drift
 from service.jobs import Op
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 1, 3, 10, 30, 120, 480, 1920, 7680)
 
 
 class ServiceMetrics:
-    """Counters and histograms of one API process, in a registry of its own."""
+    """Counters and histograms of one API process, and its drift, in a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, drift: Drift) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(drift)
         own = self.registry
         labels = ("model", "op")
         self.requests = Counter("tarflow_requests", "Requests by outcome", (*labels, "outcome"), registry=own)

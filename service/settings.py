@@ -48,6 +48,11 @@ class Settings(BaseSettings):
         DEFAULT_MAX_PIXELS, ge=1, description="Most pixels of an uploaded image; a request may have four times as many."
     )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body in bytes.")
+    max_calibration_images: int = Field(20_000, ge=20, description="Most normal images of one calibration.")
+    max_calibration_bytes: int = Field(
+        512 * 2**20, ge=1024, description="Largest body of POST /v1/calibrations in bytes; it goes to disk, not memory."
+    )
+    drift_window: int = Field(1000, ge=1, description="Judged images, the last ones, that drift is measured over.")
     max_queue_cost: int = Field(
         2_000_000, ge=1, description="Most waiting work, in images x patches x passes, before 429 is answered."
     )

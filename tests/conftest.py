@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 
@@ -16,3 +19,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", help="device of tests/model/test_cuda.py: cpu (default), cuda or cuda:N"
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What must outlive a service goes to a temporary directory: no test touches the tester's own."""
+    before = os.environ.get("TARFLOW_STATE")
+    os.environ["TARFLOW_STATE"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    if before is None:
+        del os.environ["TARFLOW_STATE"]
+    else:
+        os.environ["TARFLOW_STATE"] = before

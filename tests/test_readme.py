@@ -42,7 +42,14 @@ def running(command: str, directory: Path, log: Path) -> Iterator[httpx.Client]:
         assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port}, which the README uses, is taken"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, shell=True, cwd=directory, stdout=output, stderr=output, start_new_session=True
+            command,
+            shell=True,
+            cwd=directory,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            # What these servers keep is not the tester's.
+            env={**os.environ, "TARFLOW_STATE": str(log.with_suffix(".state"))},
         )
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
@@ -111,5 +118,12 @@ def test_compose_names_files_that_exist() -> None:
     [volume] = compose["services"]["prometheus"]["volumes"]
     scrape = yaml.safe_load((ROOT / volume.split(":")[0]).read_text())
     assert scrape["scrape_configs"][0]["static_configs"][0]["targets"] == ["tarflow:8000"]
+    # What the service keeps is in a volume that is declared, where the image has a directory for it.
+    service = compose["services"]["tarflow"]
+    [mounted] = service["volumes"]
+    volume, _, path = mounted.partition(":")
+    assert volume in compose["volumes"]
+    assert service["environment"]["TARFLOW_STATE"] == path
+    assert f"TARFLOW_STATE={path}" in (ROOT / build["dockerfile"]).read_text()
     gpu = yaml.safe_load((ROOT / "docker/compose.gpu.yml").read_text())
     assert set(gpu["services"]) <= set(compose["services"])

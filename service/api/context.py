@@ -10,6 +10,8 @@ from fastapi import Depends, Request
 
 from service.broker.base import Broker
 from service.calibrations import CalibrationStore
+from service.calibrator import Calibrator
+from service.drift import Drift
 from service.errors import InvalidRequest, NotFound, Unavailable
 from service.jobs import ModelInfo
 from service.metrics import ServiceMetrics
@@ -27,6 +29,8 @@ class Context:
         self.settings: Settings = request.app.state.settings
         self.broker: Broker = request.app.state.broker
         self.calibrations: CalibrationStore = request.app.state.calibrations
+        self.calibrator: Calibrator = request.app.state.calibrator
+        self.drift: Drift = request.app.state.drift
         self.metrics: ServiceMetrics = request.app.state.metrics
         self.decoding: CapacityLimiter = request.app.state.decoding
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.requests import ClientDisconnect
 
 from service import errors
@@ -21,6 +22,7 @@ STATUS: dict[type[ServiceError], int] = {
     errors.InvalidRequest: 422,
     errors.MalformedRequest: 400,
     errors.NotFound: 404,
+    errors.Conflict: 409,
     errors.MethodNotAllowed: 405,
     errors.NotAcceptable: 406,
     errors.BodyTooLarge: 413,
@@ -35,6 +37,7 @@ OUTCOME: dict[type[ServiceError], str] = {
     errors.InvalidRequest: "invalid",
     errors.MalformedRequest: "invalid",
     errors.NotFound: "invalid",
+    errors.Conflict: "invalid",
     errors.MethodNotAllowed: "invalid",
     errors.NotAcceptable: "invalid",
     errors.BodyTooLarge: "invalid",
@@ -109,7 +112,7 @@ def from_http(error: HTTPException, request: Request) -> ServiceError:
         allowed = (error.headers or {}).get("Allow", "another method")
         return kind(f"{request.url.path} does not know {request.method}; it knows {allowed}")
     if kind is errors.BodyTooLarge:
-        limit = request.app.state.settings.max_body_bytes
+        limit = request.scope[MAX_BODY_SIZE_SCOPE_KEY]
         return kind(f"the request is larger than {limit} bytes; send fewer or smaller images")
     return kind(str(error.detail))
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.envelope import OUTCOME, render
@@ -19,11 +22,38 @@ OPERATIONS = frozenset(map(str, Op))
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
+@dataclass(frozen=True)
+class BodyLimits:
+    """Most bytes of a request's body."""
+
+    usual: int
+    others: Mapping[str, int] = field(default_factory=dict)
+    """By path."""
+
+    def of(self, scope: Scope) -> int:
+        """The limit of one request."""
+        return self.others.get(scope["path"], self.usual)
+
+
+class BodyLimit:
+    """Ends the reading of bodies that grow too large, whatever they announced."""
+
+    def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request through."""
+        limited: ASGIApp = self.app
+        if scope["type"] == "http":
+            limited = RequestBodyLimitMiddleware(self.app, self.limits.of(scope))
+        await limited(scope, receive, send)
+
+
 class Observing:
     """Gives every request an id, refuses bodies that announce too many bytes, and counts outcomes."""
 
-    def __init__(self, app: ASGIApp, metrics: ServiceMetrics, max_body_bytes: int) -> None:
-        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+    def __init__(self, app: ASGIApp, metrics: ServiceMetrics, limits: BodyLimits) -> None:
+        self.app, self.metrics, self.limits = app, metrics, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request through."""
@@ -42,11 +72,9 @@ class Observing:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        length = headers.get("content-length", "")
-        if length.isascii() and length.isdecimal() and int(length[:20]) > self.max_body_bytes:
-            error = BodyTooLarge(
-                f"the request has {length} bytes, allowed are {self.max_body_bytes}; send fewer or smaller images"
-            )
+        length, limit = headers.get("content-length", ""), self.limits.of(scope)
+        if length.isascii() and length.isdecimal() and int(length[:20]) > limit:
+            error = BodyTooLarge(f"the request has {length} bytes, allowed are {limit}; send fewer or smaller images")
             await render(error)(scope, receive, send_with_id)
             return
         finished = False

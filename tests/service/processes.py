@@ -46,11 +46,11 @@ class ServerProcess:
 
     def __init__(self, log: Path, *flags: str | Path, **more: str) -> None:
         self._log = log
-        # Nothing of a test may stay in the home of whoever runs it.
-        self.state = log.with_suffix(".state")
+        # Its own state: nothing touches the tester's, and no server goes on with another's work.
+        self.state = Path(more.setdefault("TARFLOW_STATE", str(log.with_suffix(".state"))))
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [TARFLOW, "serve", "--port", "0", "--threads", "1", "--state", self.state, *flags],
+                [TARFLOW, "serve", "--port", "0", "--threads", "1", *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment(**more),
