@@ -46,9 +46,20 @@ def picture_format(request: Request, maps: Maps) -> Format | None:
     return accepted_image(request.headers.get("accept"), "png") if maps in ("png", "overlay") else None
 
 
-async def verdicts_of(question: Question, result: JobResult, inputs: Inputs) -> list[Verdict]:
-    """Each image's verdict, from what the worker computed."""
-    return await anyio.to_thread.run_sync(judge, question, statistics_of(result.arrays), inputs.pixels)
+async def verdicts_of(
+    context: Context, model: ModelInfo, question: Question, result: JobResult, inputs: Inputs
+) -> list[Verdict]:
+    """Each image's verdict, from what the worker computed; drift is watched on the way."""
+    verdicts = await anyio.to_thread.run_sync(judge, question, statistics_of(result.arrays), inputs.pixels)
+    context.drift.observe(
+        model.name,
+        question.name,
+        question.score,
+        [verdict.p_value for verdict in verdicts],
+        [verdict.is_anomaly for verdict in verdicts],
+        num_calibration=question.calibration.record.num_calibration,
+    )
+    return verdicts
 
 
 async def verdict_fields(

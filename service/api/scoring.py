@@ -100,7 +100,7 @@ async def score(request: Request, context: ContextDependency) -> Response | Scor
     result, timing = await run(context, job)
     verdicts: list[dict[str, Any]] = [{} for _ in uploads]
     if question is not None:
-        found = await verdicts_of(question, result, inputs)
+        found = await verdicts_of(context, model, question, result, inputs)
         if file_format is not None:
             headers = {"x-tarflow-model": model.name, "x-tarflow-job": job.id}
             return await picture(question, found, inputs, body.maps, file_format, headers)

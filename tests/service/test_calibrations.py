@@ -20,7 +20,7 @@ K, T, SIZE, COUNT = 2, 16, 8, 30
 
 @pytest.fixture(scope="module")
 def info(models: Path) -> ModelInfo:
-    return ModelInfo.of(read_bundle(models / "tiny-uncond"))
+    return replace(ModelInfo.of(read_bundle(models / "tiny-uncond")), calibration=None)
 
 
 def make(info: ModelInfo, name: str, seed: int = 0) -> Calibration:
@@ -33,7 +33,8 @@ def make(info: ModelInfo, name: str, seed: int = 0) -> Calibration:
         "energy": (K, T),
         "latent": (8,),
         "hidden": (12,),
-        "gradient": (1, SIZE, SIZE),
+        "gradient": (),
+        "residual": (1, SIZE, SIZE),
     }
     statistics = {key: random.normal(size=(COUNT, *shape)).astype(np.float32) for key, shape in shapes.items()}
     record = {

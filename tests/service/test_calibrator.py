@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,9 @@ def statistics(job: Job, value: float | None) -> dict[str, Any]:
         "energy": (K, T),
         "latent": (8,),
         "hidden": (12,),
+        "gradient": (),
+        "residual": pixels.shape[1:],
     }
-    shapes["gradient"] = pixels.shape[1:]
     arrays: dict[str, Any] = {"log_likelihood": np.zeros(len(pixels))}
     for name, shape in shapes.items():
         rows = [np.random.default_rng(int(image.sum())).normal(size=shape) for image in pixels]
@@ -106,7 +107,8 @@ def statistics(job: Job, value: float | None) -> dict[str, Any]:
 async def service(models: Path, state: Path, *, worker: bool = True, **changes: Any) -> AsyncIterator[Service]:
     settings = Settings(state=state, batch_rows=BATCH, **changes)
     broker = MemoryBroker(max_queue_cost=settings.max_queue_cost, lease_seconds=60, ready_seconds=600, max_attempts=3)
-    infos = tuple(ModelInfo.of(bundle) for bundle in find_bundles(models))
+    # Nothing is listed but what a test makes.
+    infos = tuple(replace(ModelInfo.of(bundle), calibration=None) for bundle in find_bundles(models))
     broker.announce(infos)
     if worker:
         broker.register(WorkerInfo(id="w", device="cpu", models=infos))

@@ -269,3 +269,25 @@ def test_refusals_name_the_field(
     assert error["param"] == param
     assert words in error["message"], error
     assert code in (None, error["code"])
+
+
+def test_verdicts_are_watched_for_drift(client: httpx.Client) -> None:
+    """What was judged is in the metrics, by the name to call the calibration by."""
+
+    def metrics() -> dict[str, float]:
+        lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("tarflow_anomaly")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    labels = f'{{calibration="default",model="{MODEL}",score="typicality"}}'
+    before = metrics().get(f"tarflow_anomaly_window{labels}", 0)
+    post(client, list(NEW[:20]), score="typicality", alpha=0.05)
+    after = metrics()
+    assert after[f"tarflow_anomaly_window{labels}"] == before + 20
+    assert 0 <= after[f"tarflow_anomaly_flag_rate{labels}"] < 0.5
+    normal_ks = after[f"tarflow_anomaly_ks{labels}"]
+    post(client, [255 - image for image in NEW[:20]], score="typicality", alpha=0.05)
+    drifted = metrics()
+    assert drifted[f"tarflow_anomaly_ks{labels}"] > normal_ks
+    assert drifted[f"tarflow_anomaly_flag_rate{labels}"] > after[f"tarflow_anomaly_flag_rate{labels}"]
+    counts = [v for name, v in drifted.items() if name.startswith("tarflow_anomaly_images_total") and MODEL in name]
+    assert sum(counts) >= 40
