@@ -3,7 +3,8 @@
 Two views are added. A patch's share of −log p, as a robust z against the same place in normal images, is exact as a
 sum and coarse as a place; both of its tails count, since a blank patch is *too* likely; it is smoothed and its
 logarithm taken, because a patch may be a hundred deviations off. The denoising residual says at the resolution of
-pixels what the model would change, in units of what it usually changes there. Neither is stretched image by image: a
+pixels what the model would change, in units of what it usually changes there. Their sum is divided by what one normal
+image in a hundred has at the same place: corners and edges differ. Nothing is stretched image by image, so that a
 colour means the same in every picture of a calibration. Chosen on the small occlusions of ``benchmarks/negatives.py``.
 
 Shape legend: B images, C channels, H = W pixels, T patches.
@@ -30,6 +31,8 @@ BLUR = (0.25, 0.5, 0.25)
 """Binomial weights that smooth over neighbours: single pixels of noise are no defect."""
 PATCH_SMOOTHINGS = 3
 """How often the patches' part is smoothed, so that its blocks do not show."""
+RARE_SHARE = 0.99
+"""Share of normal images that have less at a place than what is 1 on the map."""
 LEAST_SHARE = 0.5
 """A pixel's usual residual is at least this share of that of all pixels: in corners next to nothing is usual."""
 
@@ -42,6 +45,8 @@ class MapScale:
     """Channels and pixels a side, (2,)."""
     usual_HW: Floats
     """Usual size of the denoising residual."""
+    rare_HW: Floats
+    """What one normal image in a hundred has of the two views' sum, smoothed."""
     threshold: float
     """95% of normal images exceed this nowhere."""
 
@@ -60,16 +65,19 @@ class MapScale:
         """From the statistics of normal images, with gradients, and the shape (N, C, H, W) of their pixels."""
         mean_HW = _size(statistics["residual"]).mean(axis=0)
         usual_HW = np.maximum(mean_HW, LEAST_SHARE * mean_HW.mean() + 1e-9)
-        shape = np.array(pixels_shape[1:3], np.float64)
-        peaks_B = cls(shape, usual_HW, 0.0).maps(statistics, detector).max(axis=(1, 2))
-        return cls(shape, usual_HW, float(np.quantile(peaks_B, NORMAL_SHARE)))
+        shape, ones_HW = np.array(pixels_shape[1:3], np.float64), np.ones_like(usual_HW)
+        sums_BHW = cls(shape, usual_HW, ones_HW, 0.0).maps(statistics, detector)
+        rare_HW = _smooth(np.quantile(sums_BHW, RARE_SHARE, axis=0, keepdims=True))[0]
+        peaks_B = (sums_BHW / rare_HW).max(axis=(1, 2))
+        return cls(shape, usual_HW, rare_HW, float(np.quantile(peaks_B, NORMAL_SHARE)))
 
     def maps(self, statistics: Statistics, detector: Detector) -> Floats:
-        """Maps (B, H, W), larger where an image is more unusual; ``residual`` must be among the statistics."""
+        """Maps (B, H, W): 1 where one normal image in a hundred has as much. The statistics must have ``residual``."""
         patches_BHW = self.patch_map(statistics, detector)
         for _ in range(PATCH_SMOOTHINGS):
             patches_BHW = _smooth(patches_BHW)
-        return np.nan_to_num(np.log1p(patches_BHW) + _size(statistics["residual"]) / self.usual_HW, nan=np.inf)
+        sums_BHW = np.log1p(patches_BHW) + _size(statistics["residual"]) / self.usual_HW
+        return np.nan_to_num(sums_BHW / self.rare_HW, nan=np.inf)
 
     def patch_map(self, statistics: Statistics, detector: Detector) -> Floats:
         """|z| of the patches at the resolution of pixels (B, H, W)."""

@@ -1,8 +1,8 @@
 """Pictures of anomaly maps: the same colours for the same values in every image of a calibration.
 
-Nothing is scaled to an image's own extremes, which would paint a defect on every normal image. Below half of the
-calibrated threshold there is no colour; from there yellow, at the threshold orange, red, and at four times the
-threshold magenta. Hue and opacity both grow, so that the order is visible without telling red from green; boxes are
+Nothing is scaled to an image's own extremes, which would paint a defect on every normal image. Below two thirds of the
+calibrated threshold there is no colour; from there yellow, at the threshold orange, red, and at twice the threshold
+magenta. Hue and opacity both grow, so that the order is visible without telling red from green; boxes are
 cyan, which no heat is.
 """
 
@@ -20,9 +20,9 @@ Pixels = NDArray[np.uint8]
 
 LEAST_SIDE = 224
 """Pixels of the longer side, at least: smaller pictures show a person nothing."""
-TOP = 4.0
+TOP = 2.0
 """Value of the last colour, in thresholds."""
-LEVELS = (0.0, 0.5, 0.75, 1.0, 2.0, TOP)
+LEVELS = (0.0, 0.65, 0.8, 1.0, 1.5, TOP)
 """Values of the colours, in thresholds."""
 COLOURS = ((255, 221, 64), (255, 221, 64), (255, 190, 40), (255, 140, 0), (229, 30, 37), (214, 0, 147))
 OPACITY = (0.0, 0.0, 0.5, 0.7, 0.8, 0.9)

@@ -38,8 +38,8 @@ def test_a_normal_image_shows_no_heat() -> None:
 def test_colours_are_of_the_scale_and_not_of_the_image(threshold: float) -> None:
     for level, colour, opacity in (
         (1.0, COLOURS[3], OPACITY[3]),
-        (2.0, COLOURS[4], OPACITY[4]),
-        (4.0, COLOURS[5], 0.9),
+        (1.5, COLOURS[4], OPACITY[4]),
+        (2.0, COLOURS[5], 0.9),
     ):
         shown = rows(heat_map(flat(level * threshold), threshold))
         expected = opacity * np.array(colour) + (1 - opacity) * np.array(GROUND)
