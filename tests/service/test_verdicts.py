@@ -109,10 +109,10 @@ def test_values_that_are_not_finite_are_anomalies(
 
 def test_regions_without_end_are_cut_off(calibration: Calibration, statistics: Statistics) -> None:
     dots = replace(calibration.maps, threshold=-1.0)
-    gradient = np.zeros_like(statistics["gradient"])
-    gradient[:, :, ::2, ::2] = 1e6
+    residual = np.zeros_like(statistics["residual"])
+    residual[:, :, ::2, ::2] = 1e6
     question = ask(replace(calibration, maps=dots), "own", maps=True)
-    for verdict in judge(question, {**statistics, "gradient": gradient}, PIXELS):
+    for verdict in judge(question, {**statistics, "residual": residual}, PIXELS):
         assert 1 <= len(verdict.regions) <= MOST_REGIONS
 
 
