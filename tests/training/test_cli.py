@@ -87,6 +87,7 @@ def test_the_commands_are_cheap_to_import_and_list() -> None:
     assert [line.split(":")[0] for line in presets] == [
         "fashion-mnist",
         "fashion-mnist-likelihood",
+        "parts-64",
         "photos-64",
         "toy-28",
     ]
