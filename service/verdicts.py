@@ -45,6 +45,8 @@ class Question:
     """Level at which images are flagged."""
     threshold: float | None
     """Score above which an image is flagged; None where a correction decides about all of them together."""
+    own_threshold: bool
+    """Whether the caller gave the threshold."""
     correction: Correction
     maps: bool
     """Whether it is asked where images are unusual."""
@@ -82,10 +84,10 @@ class Question:
         if self.threshold is None:
             return None
         count = self.calibration.record.num_calibration
-        if self.alpha < 1:
-            return conformal.false_positive_interval(self.alpha, count)
-        # A threshold below all that was seen: nothing speaks against flagging every image.
-        return conformal.beta_quantile((1 - conformal.INTERVAL) / 2, count, 1), 1.0
+        if self.own_threshold:
+            # One that was chosen elsewhere is no score of this calibration: how many are above it is a binomial count.
+            return conformal.exceedance_interval(round(self.alpha * (count + 1)) - 1, count)
+        return conformal.false_positive_interval(self.alpha, count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,7 @@ def ask(
             code="codec_changed" if reason else "score_not_calibrated",
         )
     sorted_scores = calibration.sorted_scores[_used_score(calibration, score)]
+    own_threshold = threshold is not None
     if threshold is not None:
         alpha = conformal.alpha_of_threshold(sorted_scores, threshold)
     else:
@@ -161,6 +164,7 @@ def ask(
         score=score,
         alpha=alpha,
         threshold=threshold if correction == "none" else None,
+        own_threshold=own_threshold,
         correction=correction,
         maps=maps,
     )

@@ -111,7 +111,10 @@ class Calibration:
         finite = values[np.isfinite(values)]
         if not len(finite):
             return np.array([0.0, 1.0]), np.array([len(values)])
-        counts, edges = np.histogram(finite, HISTOGRAM_BINS)
+        # Values that differ in their last digits alone have no room for bins between them.
+        spread = float(finite.max() - finite.min())
+        bins = HISTOGRAM_BINS if spread > 1e-9 * (1 + float(np.abs(finite).max())) else 1
+        counts, edges = np.histogram(finite, bins)
         counts[-1] += len(values) - len(finite)
         return edges, counts
 
@@ -174,15 +177,21 @@ def calibrate(
     """Make a calibration of normal images' statistics, residuals included, and their pixels (N, C, H, W).
 
     ``record`` holds the fields of :class:`CalibrationRecord` that are not counted here. The images are split at random,
-    by ``order_seed``, since files often come in some order. Raises ``ValueError`` for too few images.
+    by ``order_seed``, since files often come in some order. Raises ``ValueError`` for too few images, and for one that
+    the model has no finite statistics of.
     """
     fit_size, calibration_size = split_sizes(len(pixels))
+    for name, values in statistics.items():
+        finite_N = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        if not finite_N.all():
+            raise ValueError(f"normal images: the model gives image {int(finite_N.argmin())} no finite {name}")
     order = np.random.Generator(np.random.Philox(key=[order_seed, 0])).permutation(len(pixels))
     fit, rest = np.sort(order[:fit_size]), np.sort(order[fit_size:])
     codes = code_lengths(pixels)
     # What is served is what was stored: the scores are those of the rounded arrays.
     detector = unflatten(Detector, flatten(Detector.fit(_take(statistics, fit), codes[fit])))
     maps = unflatten(MapScale, flatten(MapScale.fit(_take(statistics, fit), detector, pixels.shape)))
+    maps = maps.with_threshold(_take(statistics, rest), detector)
     scores = detector.scores(_take(statistics, rest), codes[rest])
     _, channels, size, _ = pixels.shape
     complete = CalibrationRecord(

@@ -9,6 +9,7 @@ Benjamini and Hochberg (1995). Plain numpy: the API computes verdicts without to
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 INTERVAL = 0.99
 """Probability that the stated interval of the false-positive rate covers."""
+
+
+ROUNDING = 1 + 1e-12
+"""Levels are products of decimal fractions: one that is on the grid must not fall beside it."""
 
 
 class AlphaTooSmall(ValueError):
@@ -45,7 +50,7 @@ def rank_of(alpha: float, num_scores: int) -> int:
     if not 0 < alpha < 1:
         raise ValueError(f"alpha: got {alpha}, allowed is a number above 0 and below 1")
     # 0.07 · 100 is 7.000000000000001 in floating point and 0.29 · 100 is 28.999999999999996.
-    rank = math.floor(alpha * (num_scores + 1) * (1 + 1e-12))
+    rank = min(num_scores, math.floor(alpha * (num_scores + 1) * ROUNDING))
     if rank < 1:
         raise AlphaTooSmall(
             f"alpha: got {alpha:g}, allowed is {smallest_alpha(num_scores):.6g} and more: with {num_scores} "
@@ -72,13 +77,24 @@ def benjamini_hochberg(p_N: Floats, alpha: float) -> NDArray[np.bool_]:
     """
     count = len(p_N)
     order = np.argsort(p_N)
-    below = np.nonzero(p_N[order] <= alpha * np.arange(1, count + 1) / count)[0]
+    below = np.nonzero(p_N[order] <= ROUNDING * alpha * np.arange(1, count + 1) / count)[0]
     flagged_N = np.zeros(count, np.bool_)
     if len(below):
         flagged_N[order[: below[-1] + 1]] = True
     return flagged_N
 
 
+def exceedance_interval(num_above: int, num_scores: int, probability: float = INTERVAL) -> tuple[float, float]:
+    """Bounds of the share of normal images beyond a threshold that was chosen without the calibration images.
+
+    ``num_above`` of these are beyond it, a binomial count: the exact interval of Clopper and Pearson (1934).
+    """
+    tail, below = (1 - probability) / 2, num_scores - num_above
+    low = beta_quantile(tail, num_above, below + 1) if num_above else 0.0
+    return low, beta_quantile(1 - tail, num_above + 1, below) if below else 1.0
+
+
+@lru_cache(maxsize=4096)
 def false_positive_interval(alpha: float, num_scores: int, probability: float = INTERVAL) -> tuple[float, float]:
     """Bounds of the false-positive rate that this calibration really has at level α.
 
@@ -90,6 +106,7 @@ def false_positive_interval(alpha: float, num_scores: int, probability: float = 
     return beta_quantile(tail, rank, num_scores + 1 - rank), beta_quantile(1 - tail, rank, num_scores + 1 - rank)
 
 
+@lru_cache(maxsize=4096)
 def beta_quantile(probability: float, successes: int, failures: int) -> float:
     """Quantile of Beta(a, b) with whole a, b ≥ 1: where P(Binomial(a + b − 1, x) ≥ a) reaches ``probability``."""
     low, high = 0.0, 1.0

@@ -20,6 +20,11 @@ MAD_TO_STD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 LEAST_SCALE = 0.1
 """A scale is at least this share of the standard deviation: features that are mostly constant have no spread else."""
+ROUNDING = 1e-5
+"""Statistics are float32 and differ in their last digits from batch to batch and from device to device: what is
+constant but for that has a scale of this share of itself."""
+LEAST_VARIANCE = 1e-4
+"""Of any direction of scaled features, for the same reason."""
 FAR = 20.0
 """Scaled features are cut off here; one wild value must not hide what the others say."""
 MOST_DIRECTIONS = 256
@@ -31,7 +36,7 @@ def robust_scale(values_NF: ArrayLike) -> tuple[Floats, Floats]:
     values = np.asarray(values_NF, np.float64)
     center = np.median(values, axis=0)
     spread = MAD_TO_STD * np.median(np.abs(values - center), axis=0)
-    return center, np.maximum(spread, LEAST_SCALE * values.std(axis=0)) + 1e-6
+    return center, np.maximum(spread, LEAST_SCALE * values.std(axis=0)) + ROUNDING * (1 + np.abs(center))
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class ShrunkGaussian:
         kept = min(MOST_DIRECTIONS, len(sample_R))
         rest = num_features - kept
         others = (1 - shrinkage) * (total - float(sample_R[:kept].sum())) / rest if rest else 0.0
-        floor = shrinkage * mean_variance + 1e-9
+        floor = shrinkage * mean_variance + LEAST_VARIANCE
         return cls(
             center_F, scale_F, mean_F, directions_RF[:kept], (1 - shrinkage) * sample_R[:kept] + floor, others + floor
         )

@@ -12,7 +12,8 @@ Shape legend: B images, C channels, H = W pixels, T patches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,8 +69,17 @@ class MapScale:
         shape, ones_HW = np.array(pixels_shape[1:3], np.float64), np.ones_like(usual_HW)
         sums_BHW = cls(shape, usual_HW, ones_HW, 0.0).maps(statistics, detector)
         rare_HW = _smooth(np.quantile(sums_BHW, RARE_SHARE, axis=0, keepdims=True))[0]
-        peaks_B = (sums_BHW / rare_HW).max(axis=(1, 2))
-        return cls(shape, usual_HW, rare_HW, float(np.quantile(peaks_B, NORMAL_SHARE)))
+        return cls(shape, usual_HW, rare_HW, 0.0)
+
+    def with_threshold(self, statistics: Statistics, detector: Detector) -> MapScale:
+        """The same with a threshold by other normal images than it was fitted to.
+
+        Of m of them the ⌈0.95 (m + 1)⌉-th smallest peak, or the largest for fewer than 19: a further normal image
+        exceeds it with a probability of at most 5%, or of 1/(m + 1), as a conformal p-value has it.
+        """
+        peaks_B = np.sort(self.maps(statistics, detector).max(axis=(1, 2)))
+        rank = min(len(peaks_B), math.ceil(NORMAL_SHARE * (len(peaks_B) + 1)))
+        return replace(self, threshold=float(np.float32(peaks_B[rank - 1])))
 
     def maps(self, statistics: Statistics, detector: Detector) -> Floats:
         """Maps (B, H, W): 1 where one normal image in a hundred has as much. The statistics must have ``residual``."""

@@ -32,7 +32,10 @@ class Tail:
         """From the scores of normal images; larger is more anomalous."""
         sorted_N = np.sort(np.asarray(scores_N, np.float64))
         above_N = sorted_N[int(KNEE * len(sorted_N)) :]
-        return cls(sorted_N, np.array([above_N[0], max((above_N - above_N[0]).mean(), 1e-9 * (1 + abs(above_N[0])))]))
+        start = above_N[0]
+        # Of few images none may be beyond the knee; what all of them spread is a bound then.
+        least = max(1e-4 * (1 + abs(start)), 0.05 * (start - sorted_N[len(sorted_N) // 2]))
+        return cls(sorted_N, np.array([start, max((above_N - start).mean(), least)]))
 
     def surprise(self, scores_B: Floats) -> Floats:
         """−log p (B,) in nats, between 0 and 60; scores that are not finite are the most surprising."""

@@ -59,8 +59,8 @@ class MapColours(BaseModel):
     """What the colours of a map mean, the same for every image of a calibration."""
 
     threshold: float | None = Field(
-        description="Value above which regions begin, in orange; 95% of normal images exceed it nowhere. From half of "
-        "it on there is colour."
+        description="Value above which regions begin, in orange; 95% of normal images exceed it nowhere. From two "
+        "thirds of it on there is colour."
     )
     top: float | None = Field(description="Value from which on there is only the last colour, magenta.")
 

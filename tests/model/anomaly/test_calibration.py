@@ -133,6 +133,33 @@ def test_few_normal_images_have_regions() -> None:
     assert np.mean(heat.max(axis=(1, 2)) > calibrated().maps.threshold) < 0.2
 
 
+def test_the_maps_threshold_holds_for_new_images_of_small_calibrations() -> None:
+    """It is taken from images that the scales were not fitted to; in-sample half of all normal images exceeded it."""
+    shares = []
+    for seed in range(6):
+        pixels = pictures(60, seed=200 + seed)
+        small = calibrate(statistics(pixels), pixels, RECORD)
+        heat = small.maps.maps(statistics(pictures(60, seed=300 + seed)), small.detector)
+        shares.append(np.mean(heat.max(axis=(1, 2)) > small.maps.threshold))
+    assert np.mean(shares) <= 0.1
+
+
+def test_an_image_without_finite_statistics_is_named() -> None:
+    pixels = pictures(20)
+    found = statistics(pixels)
+    found["residual"][7, 0, 3, 3] = np.nan
+    with pytest.raises(ValueError, match="image 7 no finite residual"):
+        calibrate(found, pixels, RECORD)
+
+
+def test_histograms_of_equal_images_have_one_bin() -> None:
+    pixels = np.repeat(pictures(1), 20, axis=0)
+    still = calibrate(statistics(pixels), pixels, RECORD)
+    assert all(still.histogram(name)[1].sum() == 10 for name in still.scores)
+    close = replace(calibrated(), sorted_scores={"nll": np.array([1.0, np.nextafter(1.0, 2.0)])})
+    assert close.histogram("nll")[1].tolist() == [2]
+
+
 def test_a_file_gives_the_same_scores_and_record() -> None:
     again = Calibration.from_bytes(calibrated().to_bytes())
     assert again.record == calibrated().record

@@ -15,6 +15,7 @@ from model.anomaly.conformal import (
     benjamini_hochberg,
     beta_binomial_interval,
     beta_quantile,
+    exceedance_interval,
     false_positive_interval,
     p_values,
     rank_of,
@@ -118,6 +119,21 @@ def test_intervals_cover_as_often_as_they_say(alpha: float) -> None:
     covered = np.mean((np.array(counts) >= fewest) & (np.array(counts) <= most))
     assert 0.985 < covered <= 1
     assert np.mean(rates) <= alpha + 0.002
+
+
+def test_a_threshold_of_ones_own_has_the_exact_binomial_interval() -> None:
+    assert exceedance_interval(0, 500)[0] == 0
+    assert exceedance_interval(500, 500)[1] == 1
+    assert exceedance_interval(0, 500)[1] == pytest.approx(1 - 0.005 ** (1 / 500))
+    rng = np.random.default_rng(3)
+    for rate in (0.01, 0.1, 0.6):
+        counts = rng.binomial(200, rate, 3000)
+        covered = [low <= rate <= high for low, high in (exceedance_interval(int(k), 200) for k in counts)]
+        assert np.mean(covered) >= 0.985
+
+
+def test_a_level_next_to_one_flags_nearly_all() -> None:
+    assert threshold(np.arange(10.0), 1 - 1e-13) == 0
 
 
 def test_beta_binomial_bounds_are_tight() -> None:

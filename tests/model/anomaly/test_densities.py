@@ -37,7 +37,7 @@ def test_distances_are_mahalanobis_under_the_shrunk_covariance(count: int, size:
     new = rng.normal(size=(7, size))
     off = np.clip((new - center) / scale, -FAR, FAR) - scaled.mean(0)
     expected = np.einsum("nf,fg,ng->n", off, precision, off) / size
-    np.testing.assert_allclose(gaussian.distance(new), expected, rtol=1e-4)
+    np.testing.assert_allclose(gaussian.distance(new), expected, rtol=1e-2)
 
 
 def test_many_features_keep_only_the_largest_directions() -> None:
