@@ -10,6 +10,7 @@ import pytest
 from benchmarks import scoring
 
 
+@pytest.mark.long
 def test_every_mode_is_measured_beside_the_bare_pass(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
