@@ -158,14 +158,15 @@ class Calibrator:
                 async with self._turn:
                     await self._make(run, model)
             except ServiceError as error:
-                await self._fail(run, error)
+                self._interrupt(run, error)
             except (ValueError, np.linalg.LinAlgError) as error:
+                # These images will never make a calibration of this model.
                 log.warning("calibration %s of %s failed", run.pending.name, run.pending.model, exc_info=error)
                 await self._fail(run, InternalError(f"no calibration came of it: {error}", code="calibration_failed"))
             except Exception:
                 # A run must end: as a fault that is shown, and not as one that seems to go on for ever.
                 log.exception("calibration %s of %s failed", run.pending.name, run.pending.model)
-                await self._fail(run, InternalError("an internal error; the service's log has the details"))
+                self._interrupt(run, InternalError("an internal error; the service's log has the details"))
 
     async def _make(self, run: Run, model: ModelInfo) -> None:
         pending = run.pending
@@ -247,7 +248,14 @@ class Calibrator:
                     return model
             await anyio.sleep(LONGEST_DELAY)
 
+    @staticmethod
+    def _interrupt(run: Run, error: ServiceError) -> None:
+        """End a run by a fault that is not the images': a lost worker, a full disk. What is kept of it stays."""
+        message = f"{error.message}; its images are kept, and the service goes on with them when it starts again"
+        run.pending = run.pending.failed(InternalError(message, code=error.code))
+
     async def _fail(self, run: Run, error: ServiceError) -> None:
+        """End a run whose images are of no use: they are forgotten, and why is kept."""
         try:
             run.pending = await anyio.to_thread.run_sync(self._pending.fail, run.pending, error)
         except OSError:

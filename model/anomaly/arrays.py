@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-Record = TypeVar("Record")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def flatten(record: Any, prefix: str = "") -> dict[str, NDArray[np.float32]]:
@@ -27,7 +30,7 @@ def flatten(record: Any, prefix: str = "") -> dict[str, NDArray[np.float32]]:
 def unflatten(kind: type[Record], flat: Mapping[str, NDArray[Any]], prefix: str = "") -> Record:
     """The record of :func:`flatten`, with float64 arrays; ``KeyError`` names what is missing."""
     hints, values = get_type_hints(kind), {}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         path = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(hints[field.name]):
             values[field.name] = unflatten(hints[field.name], flat, f"{path}/")

@@ -23,10 +23,9 @@ def info(models: Path) -> ModelInfo:
     return replace(ModelInfo.of(read_bundle(models / "tiny-uncond")), calibration=None)
 
 
-def make(info: ModelInfo, name: str, seed: int = 0) -> Calibration:
-    """A calibration of random statistics."""
-    random = np.random.default_rng(seed)
-    shapes = {
+def statistics_shapes(pixels_CHW: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Every statistic of an image of this shape."""
+    return {
         "bits": (),
         "patch_nll": (T,),
         "log_scale": (K, T),
@@ -34,8 +33,14 @@ def make(info: ModelInfo, name: str, seed: int = 0) -> Calibration:
         "latent": (8,),
         "hidden": (12,),
         "gradient": (),
-        "residual": (1, SIZE, SIZE),
+        "residual": pixels_CHW,
     }
+
+
+def make(info: ModelInfo, name: str, seed: int = 0) -> Calibration:
+    """A calibration of random statistics."""
+    random = np.random.default_rng(seed)
+    shapes = statistics_shapes((1, SIZE, SIZE))
     statistics = {key: random.normal(size=(COUNT, *shape)).astype(np.float32) for key, shape in shapes.items()}
     record = {
         "name": name,

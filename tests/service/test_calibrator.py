@@ -27,12 +27,12 @@ from service.settings import Settings
 from tests.service.api.test_calibrations import COUNT, PATH, files, normals, zipped
 from tests.service.conftest import Start
 from tests.service.processes import PATIENCE, wait_until
+from tests.service.test_calibrations import statistics_shapes
 
 pytestmark = pytest.mark.anyio
 NAME = "tiny-uncond"
 MODEL = {"model": NAME}
 BATCH = 8
-K, T = 2, 16
 
 
 @dataclass
@@ -84,18 +84,8 @@ def statistics(job: Job, value: float | None) -> dict[str, Any]:
     """Statistics of a job's images such as a worker sends: a function of the pixels."""
     pixels = job.payload["pixels"]
     assert job.payload["statistics"] == {"seed": job.payload["seed"], "gradient": True}
-    shapes: dict[str, tuple[int, ...]] = {
-        "bits": (),
-        "patch_nll": (T,),
-        "log_scale": (K, T),
-        "energy": (K, T),
-        "latent": (8,),
-        "hidden": (12,),
-        "gradient": (),
-        "residual": pixels.shape[1:],
-    }
     arrays: dict[str, Any] = {"log_likelihood": np.zeros(len(pixels))}
-    for name, shape in shapes.items():
+    for name, shape in statistics_shapes(pixels.shape[1:]).items():
         rows = [np.random.default_rng(int(image.sum())).normal(size=shape) for image in pixels]
         arrays[f"statistics.{name}"] = np.stack(rows).astype(np.float32)
         if value is not None:
@@ -230,20 +220,19 @@ async def test_replacing(models: Path, tmp_path: Path) -> None:
         assert await served.listed() == []
 
 
-async def test_a_failure_is_kept_until_it_is_deleted_or_sent_again(models: Path, tmp_path: Path) -> None:
+async def test_a_fault_of_the_service_loses_no_images(models: Path, tmp_path: Path) -> None:
+    """It is shown until the service starts again, which goes on; or until it is deleted or sent again."""
     async with service(models, tmp_path) as served:
         await served.post("a")
         job = await served.claim()
         served.broker.fail("w", job.id, job.attempt, InternalError("the model failed"))
         found = await served.until(has_failed, "a")
         assert (found["usable"], found["record"], found["error"]["code"]) == (False, None, "internal_error")
-        assert found["error"]["message"] == "the model failed"
+        assert found["error"]["message"].startswith("the model failed; its images are kept")
+    assert left(tmp_path, "*.npy") != []
     async with service(models, tmp_path) as served:
-        assert (await served.get("a"))["error"] == found["error"]
-        assert left(tmp_path, "*.npy") == []
-        assert served.broker.idle
-        assert (await served.post("a")).status_code == 202
         assert (await finish(served, "a"))["error"] is None
+        assert left(tmp_path, "*.npy") == []
         await served.post("b")
         job = await served.claim()
         served.broker.fail("w", job.id, job.attempt, InternalError("the model failed"))
@@ -251,17 +240,26 @@ async def test_a_failure_is_kept_until_it_is_deleted_or_sent_again(models: Path,
         assert await served.listed() == [("a", "ready"), ("b", "failed")]
         assert (await served.client.delete(f"{PATH}/b", params=MODEL)).status_code == 204
         assert await served.listed() == [("a", "ready")]
+        assert left(tmp_path, "*.npy") == []
 
 
 async def test_images_that_make_no_calibration(models: Path, tmp_path: Path) -> None:
-    """Statistics that are not finite end in an answer, whichever it is, and the next calibration has its turn."""
+    """Why is kept until they are deleted or sent again, over a restart too; the next calibration has its turn."""
     async with service(models, tmp_path) as served:
         await served.post("nan")
         await served.post("next")
         for _ in range(COUNT // BATCH):
             await served.answer(float("nan"))
-        await served.until(lambda found: found["status"] != "running", "nan")
+        found = await served.until(has_failed, "nan")
+        assert found["error"]["code"] == "calibration_failed"
+        assert "image 0 no finite" in found["error"]["message"]
         await finish(served, "next")
+    async with service(models, tmp_path) as served:
+        assert (await served.get("nan"))["error"] == found["error"]
+        assert left(tmp_path, "*.npy") == []
+        assert served.broker.idle
+        assert (await served.post("nan")).status_code == 202
+        assert (await finish(served, "nan"))["error"] is None
 
 
 async def test_a_full_queue_and_a_missing_worker_are_waited_for(models: Path, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from model.bundle import Bundle, BundleConfig
 from model.config import SamplingDefaults
 from model.flow import Flow
 from model.weights import write_bundle
 from training.checkpoint import data_fingerprint
+from training.cli import app
 from training.config import TrainConfig
 from training.data import Images
 
@@ -155,3 +157,15 @@ def make_bundle(config: TrainConfig, tmp_path: Path) -> Callable[..., Bundle]:
         return write_bundle(tmp_path / f"bundle-{seed}", described, flow, SamplingDefaults(), "# squares\n")
 
     return make
+
+
+def run_command(command: str, *arguments: object, status: int = 0) -> str:
+    """Run a ``tarflow`` command of training in this process; returns its output, or its one line of error."""
+    result = CliRunner().invoke(app, [command, *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    if status:
+        assert result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1
+    return result.stderr if status else result.stdout

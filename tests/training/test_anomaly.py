@@ -12,7 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from typer.testing import CliRunner
 
 from model.anomaly.calibration import Calibration
 from model.anomaly.conformal import beta_binomial_interval, p_values
@@ -20,6 +19,7 @@ from model.anomaly.detector import CODE_FREE, SCORES
 from model.bundle import Bundle, read_bundle
 from model.images import encode_image
 from model.weights import load_flow, update_bundle
+from tests.training.conftest import run_command
 from training.anomaly import (
     ALPHAS,
     Comparison,
@@ -33,7 +33,6 @@ from training.anomaly import (
 )
 from training.anomaly_report import tables, to_json
 from training.calibrate import CalibrateOptions, calibrate_bundle, open_calibration
-from training.cli import app
 from training.data import Images
 from training.detection import aupro, bootstrap_intervals, detection_figures, pixel_auroc
 from training.image_sets import ImageSet
@@ -196,14 +195,7 @@ def test_the_document_says_what_the_tables_say(comparison: Comparison) -> None:
 
 
 def invoke(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, ["anomaly", *map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    if status:
-        assert result.stdout == ""
-        assert len(result.stderr.splitlines()) == 1
-    return result.stderr if status else result.stdout
+    return run_command("anomaly", *arguments, "--device", "cpu", status=status)
 
 
 def write(folder: Path, pixels: NDArray[np.uint8], suffix: str = "") -> Path:

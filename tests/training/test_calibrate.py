@@ -16,6 +16,7 @@ from model.anomaly.calibration import FEWEST_NORMALS, Calibration, CalibrationEr
 from model.bundle import CALIBRATION, Bundle, read_bundle, sha256
 from model.images import encode_image
 from model.weights import load_flow, update_bundle
+from tests.training.conftest import run_command
 from training.calibrate import (
     CalibrateOptions,
     all_statistics,
@@ -52,15 +53,7 @@ def bundle(whole: Images, make_bundle: Callable[..., Bundle]) -> Bundle:
 
 
 def invoke(*arguments: object, status: int = 0) -> str:
-    """Run ``tarflow calibrate`` in this process; returns its output, or its one line of error."""
-    result = CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    if status:
-        assert result.stdout == ""
-        assert len(result.stderr.splitlines()) == 1
-    return result.stderr if status else result.stdout
+    return run_command("calibrate", *arguments, status=status)
 
 
 def same(first: Calibration, second: Calibration) -> bool:
