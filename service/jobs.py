@@ -31,6 +31,43 @@ URGENT = frozenset({Op.SCORE, Op.ENCODE, Op.CLASSIFY})
 LONG = frozenset(Op) - URGENT
 """Work that runs in slices."""
 
+
+class Lane(StrEnum):
+    """The two queues of every model: workers look into the first between two slices of the second."""
+
+    URGENT = "urgent"
+    LONG = "long"
+
+
+def lane_of(op: Op) -> Lane:
+    """The lane that an op's jobs wait in."""
+    return Lane.URGENT if op in URGENT else Lane.LONG
+
+
+class Priority(StrEnum):
+    """How large a share of the service a job's caller gets while others wait, too; nobody starves."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+WEIGHTS = {Priority.HIGH: 16, Priority.NORMAL: 4, Priority.LOW: 1}
+"""Work done for one caller's jobs of a priority while one unit is done for another's of low priority."""
+
+
+class JobState(StrEnum):
+    """Where a job stands; the last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+FINAL = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELED})
+
 REDONE = (None, "tolerance", "non_finite")
 """Why an image was decoded again, by the number that a worker gives the reason."""
 
