@@ -77,6 +77,13 @@ STATISTICS = "statistics."
 EXIT_UNUSABLE = 3
 """Exit status of a worker that cannot start: a bad bundle, a missing device, a failed warm-up."""
 
+EXIT_STUCK = 4
+"""Exit status of a worker that ended itself because its inference loop was not heard any more."""
+
+REDIS_VARIABLE = "TARFLOW_REDIS"
+"""Environment variable in which a worker finds its Redis: a URL may hold a password, and every user of a host sees the
+arguments of its processes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

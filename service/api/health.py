@@ -30,7 +30,7 @@ async def healthz() -> dict[str, str]:
 async def readyz(context: ContextDependency) -> JSONResponse:
     """200 when a worker has loaded and warmed up its models and its inference loop is running."""
     ready = await _ready_workers(context)
-    draining = context.request.app.state.draining()
+    draining = context.request.app.state.drain.draining
     workers = [
         {
             "id": w.info.id,
