@@ -102,10 +102,9 @@ def _worker(**flags: Any) -> None:
 
 
 def _fields(form: type[SharedSettings]) -> dict[str, FieldInfo]:
-    """The fields of a form: its own first, then those of what it is made of."""
-    names = [
-        name for kind in form.__mro__ for name in getattr(kind, "__annotations__", ()) if name in form.model_fields
-    ]
+    """The fields of a form: those of what it is made of, then its own."""
+    declared = [name for kind in (*form.__mro__[1:], form) for name in getattr(kind, "__annotations__", ())]
+    names = [name for name in declared if name in form.model_fields]
     return {name: form.model_fields[name] for name in dict.fromkeys(names)}
 
 

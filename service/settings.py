@@ -89,7 +89,8 @@ class ComputeSettings(SharedSettings):
 
     models: Path = Field(BUNDLED, description="Directory whose bundle directories are served; by default the bundled.")
     device: str = Field(
-        "auto", description="cpu, cuda:N, several with commas, or auto or all: every GPU, or else the CPU. A worker each."
+        "auto",
+        description="cpu, cuda:N, several with commas, or auto or all: every GPU, or else the CPU. A worker each.",
     )
     threads: int = Field(0, ge=0, description="CPU threads of a worker; 0 divides the cores among the workers.")
     cohorts: int = Field(4, ge=1, description="Most sampling batches in flight at once.")
