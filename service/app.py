@@ -18,7 +18,7 @@ from service.drain import Drain, Draining
 from service.drift import Drift
 from service.metrics import ServiceMetrics
 from service.pending import PendingStore
-from service.settings import HttpSettings
+from service.settings import Settings
 
 DECODING_THREADS = 4
 """Requests whose images are decoded at the same time."""
@@ -33,7 +33,7 @@ with **/v1/denoise**. Say what is normal with **/v1/calibrations**. Every error 
 
 
 def create_app(
-    settings: HttpSettings,
+    settings: Settings,
     broker: Broker,
     *,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from model.config import GuidanceRule, GuidanceSchedule, GuidanceTarget, Precision, Solver, SolverOptions
 from service.errors import ServiceError
-from service.settings import ApiSettings, Settings, SharedSettings, WorkerSettings
+from service.settings import ApiSettings, ServeSettings, SharedSettings, WorkerSettings
 from training.anomaly_cli import anomaly, calibrate
 from training.cli import evaluate, sweep, train, tune
 from training.commands import clear_errors
@@ -71,7 +71,7 @@ def _built(form: type[SettingsT], flags: dict[str, Any]) -> SettingsT:
 def _serve(**flags: Any) -> None:
     """Start the service; every flag is also an environment variable (TARFLOW_PORT for --port)."""
     with clear_errors():
-        settings = _built(Settings, flags)
+        settings = _built(ServeSettings, flags)
         from service.server import serve
 
         serve(settings)
@@ -124,7 +124,7 @@ def _with_setting_flags(function: Any, form: type[SharedSettings]) -> Any:
     return function
 
 
-app.command("serve")(_with_setting_flags(_serve, Settings))
+app.command("serve")(_with_setting_flags(_serve, ServeSettings))
 app.command("api")(_with_setting_flags(_api, ApiSettings))
 app.command("worker")(_with_setting_flags(_worker, WorkerSettings))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,8 +83,8 @@ class Pool:
     ) -> None:
         """``connection`` are the flags by which a worker finds its broker; ``environment`` is added to its own.
 
-        Of several workers, each has the next ``metrics_port``. ``buried`` is called in a thread with the id of a worker
-        that has ended, whatever it ended by; each process has an id of its own.
+        Of several workers, each has the next ``metrics_port``. Ids are ``name`` with a number; ``buried`` is called in
+        a thread with that of a worker that has ended, before another takes its place.
         """
         self._settings, self._connection, self._name = settings, tuple(connection), name
         self._environment = dict(environment or {})
@@ -170,10 +169,8 @@ class Pool:
 
     async def _keep(self, index: int, device: str) -> None:
         loop = asyncio.get_running_loop()
-        delay = FIRST_DELAY
+        worker_id, delay = f"{self._name}-{index}", FIRST_DELAY
         while True:
-            # A new process is a new worker: nothing that an earlier one had is taken for its own.
-            worker_id = f"{self._name}-{index}-{secrets.token_hex(3)}"
             started = loop.time()
             try:
                 process = await self._start(index, worker_id, device)

@@ -18,19 +18,16 @@ from fastapi import FastAPI
 from model.bundle import find_bundles
 from service.api import envelope, health
 from service.app import create_app
-from service.broker.base import Broker
 from service.broker.memory import MemoryBroker
 from service.broker.socket import BrokerServer
 from service.drain import Drain
-from service.errors import Unavailable
 from service.jobs import ModelInfo
 from service.pool import Pool
-from service.settings import ApiSettings, HttpSettings, Settings
+from service.settings import ApiSettings, ServeSettings, Settings
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.1
 ANSWER_SECONDS = 5
-RECONNECT_SECONDS = 1.0
 
 
 class _Server(uvicorn.Server):
@@ -76,11 +73,11 @@ class _Beside(uvicorn.Server):
         yield
 
 
-def _log_to_stderr(settings: HttpSettings) -> None:
+def _log_to_stderr(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
-def _run(settings: HttpSettings, app: FastAPI, drain: Drain, hopeless: Callable[[], bool] = lambda: False) -> None:
+def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], bool] = lambda: False) -> None:
     """Answer until SIGINT or SIGTERM, or until there is no hope."""
     config = uvicorn.Config(
         app,
@@ -97,7 +94,7 @@ def _run(settings: HttpSettings, app: FastAPI, drain: Drain, hopeless: Callable[
 # serve
 
 
-def build(settings: Settings, socket: Path) -> tuple[FastAPI, Drain, Pool]:
+def build(settings: ServeSettings, socket: Path) -> tuple[FastAPI, Drain, Pool]:
     """The app with everything that runs beside it; raises a ``BundleError`` for unusable models."""
     infos = [ModelInfo.of(bundle) for bundle in find_bundles(settings.models)]
     names = [info.name for info in infos]
@@ -125,7 +122,7 @@ def build(settings: Settings, socket: Path) -> tuple[FastAPI, Drain, Pool]:
     return app, drain, pool
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: ServeSettings) -> None:
     """Run until SIGINT or SIGTERM; raises ``BundleError`` or ``ValueError`` for what cannot be served."""
     _log_to_stderr(settings)
     with tempfile.TemporaryDirectory(prefix="tarflow-") as directory:
@@ -136,21 +133,6 @@ def serve(settings: Settings) -> None:
 
 
 # api
-
-
-async def _start(broker: Broker) -> None:
-    """Start a broker that may not be there yet; until it is, every request is told so."""
-    told = False
-    while True:
-        try:
-            await broker.start()
-        except Unavailable as error:
-            if not told:
-                log.warning("not ready: %s", error)
-            told = True
-            await asyncio.sleep(RECONNECT_SECONDS)
-        else:
-            return
 
 
 @asynccontextmanager
@@ -177,20 +159,19 @@ async def _metrics_beside(app: FastAPI, settings: ApiSettings) -> AsyncIterator[
 
 def api(settings: ApiSettings) -> None:
     """Answer requests, with the work done by workers of the same Redis, until SIGINT or SIGTERM."""
-    from service.broker.redis import RedisBroker
+    from service.broker.redis.api import RedisBroker
 
     _log_to_stderr(settings)
     broker, drain = RedisBroker(settings.redis, settings.limits, prefix=settings.redis_prefix), Drain()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(_start(broker))
+        # Redis need not be there yet; until it is, /readyz and every request say so.
+        await broker.start()
         try:
             async with _metrics_beside(app, settings):
                 yield
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
             await broker.close()
 
     _run(settings, create_app(settings, broker, lifespan=lifespan, drain=drain), drain)

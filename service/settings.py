@@ -3,8 +3,8 @@
 ``--max-images 16`` and ``TARFLOW_MAX_IMAGES=16`` are the same; a flag wins over the environment.
 Nothing is read at import time: the settings of a form are built once, at the entry point.
 
-What answers HTTP takes :class:`HttpSettings`, what starts workers :class:`ComputeSettings`. The forms are made of
-these: :class:`Settings` of ``tarflow serve``, :class:`ApiSettings` of ``tarflow api``, :class:`WorkerSettings` of
+What answers HTTP takes :class:`Settings`, what starts workers :class:`ComputeSettings`. The forms are made of
+these: :class:`ServeSettings` of ``tarflow serve``, :class:`ApiSettings` of ``tarflow api``, :class:`WorkerSettings` of
 ``tarflow worker``.
 """
 
@@ -42,7 +42,7 @@ class SharedSettings(BaseSettings):
     )
 
 
-class HttpSettings(SharedSettings):
+class Settings(SharedSettings):
     """Settings of a process that answers requests."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all of the host's.")
@@ -126,11 +126,11 @@ class RedisSettings(SharedSettings):
     )
 
 
-class Settings(HttpSettings, ComputeSettings):
+class ServeSettings(Settings, ComputeSettings):
     """``tarflow serve``: all in one process and the workers it starts."""
 
 
-class ApiSettings(RedisSettings, HttpSettings):
+class ApiSettings(RedisSettings, Settings):
     """``tarflow api``: one of any number of processes that answer HTTP."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import signal
 import socket
 from dataclasses import asdict
@@ -31,22 +32,23 @@ def _limits(settings: WorkerSettings) -> Limits:
 
 def make_pool(settings: WorkerSettings) -> Pool:
     """The workers of these settings, not started."""
-    from service.broker.redis import RedisWorkerBroker
+    from service.broker.redis.burying import give_on
 
     limits = _limits(settings)
 
-    def give_on(worker_id: str) -> None:
+    def bury(worker_id: str) -> None:
         """Others need not wait until the leases of a worker that is known to be dead run out."""
-        RedisWorkerBroker(settings.redis, worker_id, limits, prefix=settings.redis_prefix).close()
+        give_on(settings.redis, worker_id, limits, prefix=settings.redis_prefix)
 
     return Pool(
         settings,
         ("--redis", "--redis-prefix", settings.redis_prefix, "--limits", json.dumps(asdict(limits))),
-        name=socket.gethostname(),
+        # Several of these may run on one host.
+        name=f"{socket.gethostname()}-{secrets.token_hex(2)}",
         environment={REDIS_VARIABLE: settings.redis},
         grace_seconds=settings.grace_seconds,
         metrics_port=settings.metrics_port,
-        buried=give_on,
+        buried=bury,
     )
 
 

@@ -15,7 +15,7 @@ from service.drift import Drift
 from service.errors import InvalidRequest, NotFound, Unavailable
 from service.jobs import ModelInfo
 from service.metrics import ServiceMetrics
-from service.settings import HttpSettings
+from service.settings import Settings
 
 MOST_SHOWN = 20
 """Class names that an error lists."""
@@ -26,7 +26,7 @@ class Context:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.settings: HttpSettings = request.app.state.settings
+        self.settings: Settings = request.app.state.settings
         self.broker: Broker = request.app.state.broker
         self.calibrations: CalibrationStore = request.app.state.calibrations
         self.calibrator: Calibrator = request.app.state.calibrator

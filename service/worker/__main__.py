@@ -65,7 +65,7 @@ def _leave_with_the_supervisor() -> None:
 
 def _connect(options: argparse.Namespace) -> WorkerBroker:
     if options.redis:
-        from service.broker.redis import RedisWorkerBroker
+        from service.broker.redis.worker import RedisWorkerBroker
 
         url, limits = os.environ[REDIS_VARIABLE], Limits(**options.limits)
         return RedisWorkerBroker(url, options.id, limits, prefix=options.redis_prefix)
