@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from model.anomaly.calibration import calibrate
 from model.anomaly.features import Statistics, concatenate
-from service.broker.base import Broker
+from service.broker.base import Broker, Terms
 from service.calibrations import CalibrationStore
 from service.errors import Conflict, InternalError, Overloaded, ServiceError, Unavailable
-from service.jobs import Job, JobResult, ModelInfo, Op
+from service.jobs import Job, JobResult, ModelInfo, Op, Priority
 from service.pending import Pending, PendingStore
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,8 @@ class Calibrator:
             }
 
     async def _done(self, job: Job) -> JobResult:
-        await self._broker.submit(job)
+        # It has time: whoever waits for an answer goes first.
+        await self._broker.submit(job, Terms(priority=Priority.LOW, timeout=PATIENCE_SECONDS))
         try:
             return await self._broker.wait(job.id, PATIENCE_SECONDS)
         finally:

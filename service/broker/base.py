@@ -55,7 +55,8 @@ class Terms:
     """An asynchronous job: it outlives the connection and the API process that submitted it, is listed, and its
     events are kept. Others are ended when their API process is gone."""
     idempotency_key: str | None = None
-    """A repetition with this key (of the same caller) is the same job, not a new one."""
+    """A repetition with this key (of the same caller) is the same job, not a new one, while that waits or runs and
+    as long as its result stays; one that failed or was canceled frees the key."""
     fingerprint: str = ""
     """Digest of the request; a repetition of the key with another one is refused."""
 
@@ -104,7 +105,7 @@ class Event:
     """
 
     id: str
-    """Sorts after those of earlier events of the job when given back as ``after``."""
+    """For ``after``, to be told of later ones only."""
     kind: str
     data: Mapping[str, Any] = field(default_factory=dict)
     time: float = 0.0
@@ -190,7 +191,7 @@ class Broker(Protocol):
     async def check(self, model: str, cost: int, caller: str = "") -> None:
         """Raise what :meth:`submit` would for such a job, before work is spent on preparing it."""
 
-    async def submit(self, job: Job, terms: Terms) -> Accepted:
+    async def submit(self, job: Job, terms: Terms = Terms()) -> Accepted:
         """Accept a job.
 
         Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full`` or ``share_full``),
@@ -198,9 +199,10 @@ class Broker(Protocol):
         """
 
     async def wait(self, job_id: str, timeout: float) -> JobResult:
-        """The job's result, when it is there. Raises the job's error, or ``TimedOut`` and cancels the job.
+        """The job's result, when it is there. Raises the job's error, ``TimedOut``, or ``NotFound``.
 
-        Only for jobs that were submitted through this object and are not detached; each is answered once.
+        Any number may wait for a detached job, without an effect on it. For another only the one who submitted it
+        can: it is canceled when ``timeout`` seconds were not enough, and forgotten once it was answered.
         """
 
     async def cancel(self, job_id: str) -> bool:

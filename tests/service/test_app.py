@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 
 from model.bundle import find_bundles
 from service.app import create_app
+from service.broker.base import Accepted, Terms
 from service.broker.memory import MemoryBroker
 from service.jobs import Job, ModelInfo, Op, WorkerInfo
 from service.settings import Settings
+from tests.service.broker.conftest import AMPLE
 
 pytestmark = pytest.mark.anyio
 SMALL = 4096
@@ -24,14 +27,14 @@ SMALL = 4096
 class Broken(MemoryBroker):
     """A broker with a fault."""
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job, terms: Terms = Terms()) -> Accepted:
         raise RuntimeError("a secret that no caller may see")
 
 
 def make(models: Path, kind: type[MemoryBroker] = MemoryBroker, *, worker: bool = True, **changes: Any) -> Any:
     """An app, with a worker that never claims anything."""
     settings = Settings(max_body_bytes=SMALL, **{"state": models / ".state", **changes})
-    broker = kind(max_queue_cost=settings.max_queue_cost, lease_seconds=60, ready_seconds=60, max_attempts=3)
+    broker = kind(replace(AMPLE, max_queue_cost=settings.max_queue_cost))
     infos = tuple(ModelInfo.of(bundle) for bundle in find_bundles(models))
     broker.announce(infos)
     if worker:

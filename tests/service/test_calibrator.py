@@ -25,6 +25,7 @@ from service.jobs import URGENT, Job, JobResult, ModelInfo, WorkerInfo
 from service.pending import Pending, PendingStore
 from service.settings import Settings
 from tests.service.api.test_calibrations import COUNT, PATH, files, normals, zipped
+from tests.service.broker.conftest import AMPLE
 from tests.service.conftest import Start
 from tests.service.processes import PATIENCE, wait_until
 from tests.service.test_calibrations import statistics_shapes
@@ -96,7 +97,7 @@ def statistics(job: Job, value: float | None) -> dict[str, Any]:
 @asynccontextmanager
 async def service(models: Path, state: Path, *, worker: bool = True, **changes: Any) -> AsyncIterator[Service]:
     settings = Settings(state=state, batch_rows=BATCH, **changes)
-    broker = MemoryBroker(max_queue_cost=settings.max_queue_cost, lease_seconds=60, ready_seconds=600, max_attempts=3)
+    broker = MemoryBroker(replace(AMPLE, max_queue_cost=settings.max_queue_cost, ready_seconds=600))
     # Nothing is listed but what a test makes.
     infos = tuple(replace(ModelInfo.of(bundle), calibration=None) for bundle in find_bundles(models))
     broker.announce(infos)
