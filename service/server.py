@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -72,6 +73,11 @@ class _Beside(uvicorn.Server):
         """Capture none."""
         yield
 
+    def _log_started_message(self, listeners: Sequence[socket.SocketType]) -> None:
+        """Not as the service: who reads "running on" wants its address."""
+        for listener in listeners:
+            log.info("metrics on port %d", listener.getsockname()[1])
+
 
 def _log_to_stderr(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -94,7 +100,7 @@ def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], 
 # serve
 
 
-def build(settings: ServeSettings, socket: Path) -> tuple[FastAPI, Drain, Pool]:
+def build(settings: ServeSettings, path: Path) -> tuple[FastAPI, Drain, Pool]:
     """The app with everything that runs beside it; raises a ``BundleError`` for unusable models."""
     infos = [ModelInfo.of(bundle) for bundle in find_bundles(settings.models)]
     names = [info.name for info in infos]
@@ -102,7 +108,7 @@ def build(settings: ServeSettings, socket: Path) -> tuple[FastAPI, Drain, Pool]:
         raise ValueError(f"default_model: got {settings.default_model!r}, allowed are {', '.join(names)}")
     broker, drain = MemoryBroker(settings.limits), Drain()
     broker.announce(infos)
-    server, pool = BrokerServer(broker, socket), Pool(settings, ("--socket", str(socket)))
+    server, pool = BrokerServer(broker, path), Pool(settings, ("--socket", str(path)))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -145,8 +151,9 @@ async def _metrics_beside(app: FastAPI, settings: ApiSettings) -> AsyncIterator[
     operations.state = app.state
     operations.include_router(health.router)
     envelope.install(operations)
+    # Its log is the first one's, which is set up already.
     config = uvicorn.Config(
-        operations, host=settings.host, port=settings.metrics_port, lifespan="off", log_level="warning"
+        operations, host=settings.host, port=settings.metrics_port, lifespan="off", log_config=None, access_log=False
     )
     server = _Beside(config)
     task = asyncio.create_task(server.serve())
