@@ -145,8 +145,8 @@ async def read_normals(
 ) -> Normals:
     """Decode all images and bring them to a model's size and colours, image by image in a thread.
 
-    Raises ``InvalidRequest`` for too few or too many images, for an archive that cannot be read, and for images that
-    cannot be used, the first 20 of which it names; ``Canceled`` for a client that has gone.
+    Raises ``InvalidRequest`` for too few or too many images, for too many pixels in all, for an archive that cannot be
+    read, and for images that cannot be used, the first 20 of which it names; ``Canceled`` for a client that has gone.
     """
     upload = await anyio.to_thread.run_sync(_Upload, files, settings)
     count, flow = len(upload.sources), model.flow
@@ -156,7 +156,7 @@ async def read_normals(
     allowed = PIXELS_OF_A_CALIBRATION * settings.max_pixels
 
     def fit(index: int, source: _Source) -> int:
-        decoded = load_image(source.read(), min(settings.max_pixels, allowed - total))
+        decoded = load_image(source.read(), settings.max_pixels)
         width, height = decoded.image.size
         pixels[index] = fit_image(decoded, flow.image_size, flow.channels).pixels
         return width * height
@@ -164,11 +164,23 @@ async def read_normals(
     total = 0
     for index, source in enumerate(upload.sources):
         try:
-            total += await anyio.to_thread.run_sync(fit, index, source, limiter=limiter)
+            size = await anyio.to_thread.run_sync(fit, index, source, limiter=limiter)
         except (ImageError, ArchiveError) as error:
             problems.append((source, str(error), error.code))
             if len(problems) == MOST_PROBLEMS:
                 break
+        else:
+            # Asked afterwards, so that an image's own size is never blamed for what the others used up.
+            if total + size > allowed:
+                raise InvalidRequest(
+                    f"files: the pixels that all images may have together, {allowed:,}, are used up: "
+                    f"{index - len(problems)} of {count} images with {total:,} pixels went in, and {source.shown} has "
+                    f"{size:,}; send fewer images, or reduce them first: the model sees {flow.image_size}x"
+                    f"{flow.image_size}",
+                    param="files",
+                    code="too_many_pixels",
+                )
+            total += size
         if await request.is_disconnected():
             raise Canceled("the client went away")
     if problems:

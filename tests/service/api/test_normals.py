@@ -1,4 +1,4 @@
-"""What one upload of normal images may hold altogether: images and members of its archives."""
+"""What one upload of normal images may hold altogether: images, members of its archives, and pixels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from model.bundle import find_bundles
+from service.api import normals as normals_module
 from service.api.normals import Normals, read_normals
 from service.api.spooling import SpooledFile
 from service.archives import Section
@@ -20,6 +21,8 @@ from service.settings import Settings
 from tests.service.api.test_calibrations import COUNT, Files, archive, files, normals
 
 pytestmark = pytest.mark.anyio
+SIZE = 64
+"""Pixels of an image."""
 
 
 async def read(models: Path, sent: Files, **changes: int) -> Normals:
@@ -39,6 +42,29 @@ async def refused(models: Path, sent: Files, **changes: int) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         await read(models, sent, **changes)
     return caught.value
+
+
+async def test_the_pixels_of_all_images_have_a_limit(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No image is blamed for what the others used up; one that is too large by itself still is."""
+    monkeypatch.setattr(normals_module, "PIXELS_OF_A_CALIBRATION", COUNT)
+    assert len((await read(models, files(), max_pixels=SIZE)).pixels) == COUNT
+    for sent, place in (
+        ([*files(), *files(1)], f"files.{COUNT} (0.png)"),
+        ([("files", ("a.zip", archive(normals()))), *files(1)], "files.1 (0.png)"),
+    ):
+        error = await refused(models, sent, max_pixels=SIZE)
+        assert (error.code, error.param) == ("too_many_pixels", "files")
+        assert f"may have together, {COUNT * SIZE:,}, are used up: {COUNT} of {COUNT + 1} images" in error.message
+        assert f"{place} has 64; send fewer images, or reduce them first: the model sees 12x12" in error.message
+    # Images that cannot be used are not among those that went in.
+    bad = [("files", ("text.png", b"no image"))]
+    error = await refused(models, [*bad, *files(), *files(1)], max_pixels=SIZE)
+    assert f"{COUNT} of {COUNT + 2} images" in error.message
+    error = await refused(models, [*files(), *bad], max_pixels=SIZE)
+    assert (error.code, error.param) == ("invalid_image", f"files.{COUNT}")
+    error = await refused(models, files(), max_pixels=SIZE - 1)
+    assert (error.code, error.param) == ("image_too_large", "files.0")
+    assert "at most 63 pixels" in error.message
 
 
 async def test_all_archives_of_a_request_are_bounded_together(models: Path) -> None:
