@@ -233,6 +233,17 @@ def test_an_archive_that_expands_too_far(client: httpx.Client) -> None:
     assert (error["param"], error["code"]) == ("bomb.png", "image_too_large")
 
 
+def test_a_body_that_was_cut_off(client: httpx.Client) -> None:
+    request = client.build_request("POST", PATH, files=files(), data={"name": "cut", **MODEL})
+    whole = request.read()
+    for size in (len(whole) - 4, len(whole) // 2):
+        headers = {"content-type": request.headers["content-type"]}
+        error = refused(client.post(PATH, content=whole[:size], headers=headers), 400)
+        assert error["code"] == "malformed_body"
+        assert "ends before its closing boundary" in error["message"]
+    assert made(client) == []
+
+
 def test_damaged_and_encrypted_archives(client: httpx.Client) -> None:
     good = archive(normals(), zipfile.ZIP_STORED)
     for damaged in (good[: len(good) // 2], b"PK\x03\x04" + bytes(100), b"text"):
