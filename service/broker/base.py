@@ -61,6 +61,9 @@ class Terms:
     """Digest of the request; a repetition of the key with another one is refused."""
 
 
+USUAL = Terms()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
     """What :meth:`Broker.submit` did."""
@@ -191,7 +194,7 @@ class Broker(Protocol):
     async def check(self, model: str, cost: int, caller: str = "") -> None:
         """Raise what :meth:`submit` would for such a job, before work is spent on preparing it."""
 
-    async def submit(self, job: Job, terms: Terms = Terms()) -> Accepted:
+    async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         """Accept a job.
 
         Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full`` or ``share_full``),

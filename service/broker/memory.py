@@ -17,6 +17,7 @@ from typing import Any
 
 from service.broker.base import (
     RETRY_AFTER_SECONDS,
+    USUAL,
     Accepted,
     Broker,
     Command,
@@ -81,7 +82,7 @@ class MemoryBroker(Broker):
             )
         self._ledger.check(cost, caller)
 
-    async def submit(self, job: Job, terms: Terms = Terms()) -> Accepted:
+    async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         """Accept a job, or find the one it repeats; raises as :meth:`check` does."""
         if earlier := self._ledger.repeated(terms):
             return earlier

@@ -14,7 +14,7 @@ import pytest
 
 from model.bundle import find_bundles
 from service.app import create_app
-from service.broker.base import Accepted, Terms
+from service.broker.base import USUAL, Accepted, Terms
 from service.broker.memory import MemoryBroker
 from service.jobs import Job, ModelInfo, Op, WorkerInfo
 from service.settings import Settings
@@ -27,7 +27,7 @@ SMALL = 4096
 class Broken(MemoryBroker):
     """A broker with a fault."""
 
-    async def submit(self, job: Job, terms: Terms = Terms()) -> Accepted:
+    async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         raise RuntimeError("a secret that no caller may see")
 
 

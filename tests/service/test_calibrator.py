@@ -21,7 +21,7 @@ from service.broker.memory import MemoryBroker
 from service.calibrations import CalibrationStore
 from service.calibrator import Calibrator
 from service.errors import InternalError
-from service.jobs import URGENT, Job, JobResult, ModelInfo, WorkerInfo
+from service.jobs import Job, JobResult, Lane, ModelInfo, WorkerInfo
 from service.pending import Pending, PendingStore
 from service.settings import Settings
 from tests.service.api.test_calibrations import COUNT, PATH, files, normals, zipped
@@ -63,7 +63,7 @@ class Service:
         return [(item["name"], item["status"]) for item in response.json()["data"]]
 
     async def claim(self) -> Job:
-        [job] = await self.broker.claim("w", URGENT, 64, PATIENCE)
+        [job] = await self.broker.claim("w", {Lane.URGENT}, 64, PATIENCE)
         return job
 
     async def answer(self, value: float | None = None) -> Job:
