@@ -17,7 +17,18 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, NoScriptError, RedisError  # noqa: A004
 
-from service.broker.base import USUAL, Accepted, Broker, Command, Event, JobStatus, Limits, QueueStats, Terms, WorkerStatus
+from service.broker.base import (
+    USUAL,
+    Accepted,
+    Broker,
+    Command,
+    Event,
+    JobStatus,
+    Limits,
+    QueueStats,
+    Terms,
+    WorkerStatus,
+)
 from service.broker.redis.connecting import BLOCK_SECONDS, OPTIONS, SOCKET_SECONDS, public, unavailable
 from service.broker.redis.keys import REPLICA_SECONDS, SWEEP_SECONDS, Keys, common_arguments, milliseconds, name_of
 from service.broker.redis.records import OUTCOME_FIELDS, Outcome, event_of, pairs, stats_of, status_of
@@ -103,6 +114,16 @@ class RedisBroker(Broker):
         """Whether :meth:`drain` was called."""
         return self._draining
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits in this process."""
+        return self._waits.empty
+
+    def abandon(self) -> None:
+        """Answer all who wait in this process, because it stops; their jobs are canceled by :meth:`close`."""
+        for job_id in self._waits.open():
+            self._waits.resolve(job_id, Outcome(state=JobState.CANCELED, error=draining()))
+
     async def _call(self, name: str, *arguments: str | bytes | int | float) -> Any:
         operation = script(name)
         rest = (1, self._keys.base, *self._common, *arguments)
@@ -123,11 +144,14 @@ class RedisBroker(Broker):
     # Accepting.
 
     async def check(self, model: str, cost: int, caller: str = "") -> None:
-        if self._draining:
-            raise draining()
+        self._refuse_when_draining()
         answer = await self._call("check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits))
         if refused := refusal(answer, model, cost, self._limits):
             raise refused
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise draining()
 
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         key = "" if terms.idempotency_key is None else name_of(terms.caller, terms.idempotency_key)
@@ -137,6 +161,7 @@ class RedisBroker(Broker):
             self._replica, key, terms.fingerprint, name_of(terms.caller), self._limits.max_queue_cost,
             share_of(self._limits), pack(job.payload),
         )  # fmt: skip
+        self._refuse_when_draining()
         if not terms.detached:
             self._waits.add(job.id, attached=True)  # its end may come before the answer
         try:

@@ -66,6 +66,11 @@ class Waits:
             if wait.accepted and not wait.ended.done() and wait.since <= oldest
         ]
 
+    @property
+    def empty(self) -> bool:
+        """Whether nobody waits."""
+        return not self._waits
+
     def is_attached(self, job_id: str) -> bool:
         """Whether the job was submitted here to be waited for, and has not been answered."""
         return job_id in self._waits and self._waits[job_id].attached
