@@ -17,14 +17,25 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, NoScriptError, RedisError  # noqa: A004
 
-from service.broker.base import Accepted, Broker, Command, Event, JobStatus, Limits, QueueStats, Terms, WorkerStatus
+from service.broker.base import (
+    USUAL,
+    Accepted,
+    Broker,
+    Command,
+    Event,
+    JobStatus,
+    Limits,
+    QueueStats,
+    Terms,
+    WorkerStatus,
+)
 from service.broker.redis.connecting import BLOCK_SECONDS, OPTIONS, SOCKET_SECONDS, public, unavailable
 from service.broker.redis.keys import REPLICA_SECONDS, SWEEP_SECONDS, Keys, common_arguments, milliseconds, name_of
 from service.broker.redis.records import OUTCOME_FIELDS, Outcome, event_of, pairs, stats_of, status_of
-from service.broker.redis.refusals import refusal, share_of
+from service.broker.redis.refusals import draining, key_reused, refusal, share_of, unknown
 from service.broker.redis.scripts import script
 from service.broker.redis.waits import Waits, chunks
-from service.errors import NotFound, TimedOut, Unavailable
+from service.errors import TimedOut, Unavailable
 from service.jobs import FINAL, WEIGHTS, Job, JobResult, JobState, ModelInfo, WorkerInfo, lane_of
 from service.messages import pack, unpack
 
@@ -66,18 +77,20 @@ class RedisBroker(Broker):
             aioredis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **OPTIONS)
         )
         self._waits = Waits()
+        self._answered: list[str] = []  # to be forgotten with the next sweep
         self._orphans: set[str] = set()  # to be canceled when Redis is back
         self._models: dict[bytes, ModelInfo] = {}  # by digest
         self._last_news = b"0-0"
         self._tasks: list[asyncio.Task[None]] = []
         self._reachable = True
+        self._draining = False
 
     # Life.
 
     async def start(self) -> None:
         """Listen for results and look after leases, as every replica does."""
         with suppress(Unavailable):
-            await self._sweep()
+            await self.sweep()
             await self._warn()
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._look_after())]
 
@@ -91,6 +104,25 @@ class RedisBroker(Broker):
             await self._call("detach", self._replica)
         await self._redis.aclose()
         await self._waiting.aclose()
+
+    def drain(self) -> None:
+        """Accept nothing more in this process; what was accepted goes on."""
+        self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        """Whether :meth:`drain` was called."""
+        return self._draining
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits in this process."""
+        return self._waits.empty
+
+    def abandon(self) -> None:
+        """Answer all who wait in this process, because it stops; their jobs are canceled by :meth:`close`."""
+        for job_id in self._waits.open():
+            self._waits.resolve(job_id, Outcome(state=JobState.CANCELED, error=draining()))
 
     async def _call(self, name: str, *arguments: str | bytes | int | float) -> Any:
         operation = script(name)
@@ -112,11 +144,16 @@ class RedisBroker(Broker):
     # Accepting.
 
     async def check(self, model: str, cost: int, caller: str = "") -> None:
+        self._refuse_when_draining()
         answer = await self._call("check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits))
         if refused := refusal(answer, model, cost, self._limits):
             raise refused
 
-    async def submit(self, job: Job, terms: Terms) -> Accepted:
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise draining()
+
+    async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         key = "" if terms.idempotency_key is None else name_of(terms.caller, terms.idempotency_key)
         arguments: tuple[str | bytes | int | float, ...] = (
             job.id, job.op, lane_of(job.op), job.model, job.rows, job.cost, terms.caller, terms.priority,
@@ -124,10 +161,13 @@ class RedisBroker(Broker):
             self._replica, key, terms.fingerprint, name_of(terms.caller), self._limits.max_queue_cost,
             share_of(self._limits), pack(job.payload),
         )  # fmt: skip
+        self._refuse_when_draining()
         if not terms.detached:
-            self._waits.add(job.id)  # its end may come before the answer
+            self._waits.add(job.id, attached=True)  # its end may come before the answer
         try:
             answer = await self._call("submit", *arguments)
+            if answer[0] == b"idempotency_key_reused":
+                raise key_reused(terms.idempotency_key or "")
             if refused := refusal(answer, job.model, job.cost, self._limits):
                 raise refused
         except BaseException as error:
@@ -144,13 +184,16 @@ class RedisBroker(Broker):
         if not terms.detached:
             if repeated:
                 self._waits.drop(job.id)
-                self._waits.add(job_id)
+                self._waits.add(job_id, attached=True)
             self._waits.accepted(job_id)
-            if repeated and (outcome := await self._outcome(job_id)) and outcome.state in FINAL:
-                self._waits.resolve(job_id, outcome)
+            if repeated:
+                await self._resolve_if_ended(job_id)
         return Accepted(job_id=job_id, repeated=repeated)
 
     async def wait(self, job_id: str, timeout: float) -> JobResult:
+        attached = self._waits.is_attached(job_id)
+        if not attached:
+            await self._watch(job_id)
         ended = self._waits.ended(job_id)
         try:
             async with asyncio.timeout(timeout):
@@ -158,6 +201,8 @@ class RedisBroker(Broker):
                 while outcome.error is None and outcome.data is None:
                     outcome = await self._fetch(job_id)
         except TimeoutError:
+            if not attached:
+                raise TimedOut(f"not finished within {timeout:g} seconds; the job goes on") from None
             try:
                 await self.cancel(job_id)
             except Unavailable:
@@ -165,7 +210,26 @@ class RedisBroker(Broker):
             raise TimedOut(f"not finished within {timeout:g} seconds; the work was canceled") from None
         finally:
             self._waits.drop(job_id)
+            if attached and ended.done() and not self._waits.is_attached(job_id):
+                self._answered.append(job_id)
         return outcome.result()
+
+    async def _watch(self, job_id: str) -> None:
+        """Expect the end of a detached job."""
+        self._waits.add(job_id, attached=False)
+        try:
+            if not await self._call("watch", self._replica, job_id):
+                raise unknown(job_id)
+            self._waits.accepted(job_id)
+            await self._resolve_if_ended(job_id)
+        except BaseException:
+            self._waits.drop(job_id)
+            raise
+
+    async def _resolve_if_ended(self, job_id: str) -> None:
+        outcome = await self._outcome(job_id)
+        if outcome is not None and outcome.state in FINAL:
+            self._waits.resolve(job_id, outcome)
 
     async def _fetch(self, job_id: str) -> Outcome:
         """The outcome of a job that has ended, however long Redis is away."""
@@ -182,13 +246,13 @@ class RedisBroker(Broker):
     async def status(self, job_id: str) -> JobStatus:
         found = await self._call("status", job_id)
         if not found:
-            raise NotFound(f"no job {job_id!r}; it never was, or its time is over")
+            raise unknown(job_id)
         return status_of(found[0])
 
     async def result(self, job_id: str) -> JobResult | None:
         outcome = await self._outcome(job_id)
         if outcome is None:
-            raise NotFound(f"no job {job_id!r}; it never was, or its time is over")
+            raise unknown(job_id)
         return outcome.result() if outcome.state in FINAL else None
 
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
@@ -204,7 +268,7 @@ class RedisBroker(Broker):
                 if state is None or detached != b"1":
                     if seen:
                         return  # forgotten meanwhile
-                    raise NotFound(f"no asynchronous job {job_id!r}; it never was, or its time is over")
+                    raise unknown(job_id)
                 entries = await self._redis.xrange(key, min=f"({last}")
                 while entries:
                     for event_id, fields in entries:
@@ -312,7 +376,7 @@ class RedisBroker(Broker):
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
-                await self._sweep()
+                await self.sweep()
                 for job_id in list(self._orphans):
                     await self.cancel(job_id)
                     self._orphans.discard(job_id)
@@ -329,9 +393,11 @@ class RedisBroker(Broker):
             except RedisError as error:
                 log.error("redis at %s: %s", public(self._url), error)
 
-    async def _sweep(self) -> None:
-        every = milliseconds(SWEEP_SECONDS) // 2
-        if count := await self._call("sweep", self._replica, self._last_news, every):
+    async def sweep(self, every: float = SWEEP_SECONDS / 2) -> None:
+        """What time does, when nobody has done it in the last ``every`` seconds; called regularly."""
+        answered, self._answered = self._answered, []
+        arguments = (self._replica, self._last_news, milliseconds(every), *answered)
+        if count := await self._call("sweep", *arguments):
             log.warning("%d jobs were given on: their worker has not been heard", count)
 
     async def _warn(self) -> None:

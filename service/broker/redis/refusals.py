@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.broker.base import RETRY_AFTER_SECONDS, Limits
-from service.errors import InvalidRequest, Overloaded, ServiceError, Unavailable
+from service.errors import InvalidRequest, NotFound, Overloaded, ServiceError, Unavailable
 
 MOST_RETRY_SECONDS = 60.0
 
@@ -29,15 +29,32 @@ def refusal(answer: Sequence[Any], model: str, cost: int, limits: Limits) -> Ser
             )
         else:
             text = (
-                f"your share of the queue is full ({waiting} of {share_of(limits)} units of yours wait, this request "
-                f"costs {cost}); try again later"
+                f"your share of the queue is full ({waiting} of {share_of(limits)} units wait, this request costs "
+                f"{cost}); try again when some of your requests are done"
             )
         return Overloaded(text, code=code, retry_after=retry_after)
-    if code == "idempotency_key_reused":
-        return InvalidRequest(
-            "this idempotency key belongs to another request; a repetition must be the same in every byte", code=code
-        )
     return None
+
+
+def key_reused(key: str) -> InvalidRequest:
+    """Another request has used the key before."""
+    return InvalidRequest(
+        f"Idempotency-Key: {key[:100]!r} was used for another request; take a new key",
+        param="Idempotency-Key",
+        code="idempotency_key_reused",
+    )
+
+
+def unknown(job_id: str) -> NotFound:
+    """There is no such job, or not any more."""
+    return NotFound(
+        f"job: {job_id[:100]!r} is not known; results are kept for a limited time", code="job_not_found", param="job"
+    )
+
+
+def draining() -> Unavailable:
+    """This process accepts nothing more."""
+    return Unavailable("the service is shutting down", code="draining", retry_after=RETRY_AFTER_SECONDS)
 
 
 def share_of(limits: Limits) -> int:

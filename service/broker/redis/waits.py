@@ -14,6 +14,8 @@ class _Wait:
     ended: asyncio.Future[Outcome]
     since: float
     waiters: int = 0
+    attached: bool = False
+    """The job was submitted here, and ends when nobody waits."""
     accepted: bool = False
     """Until then it is no wonder that the broker knows no such job."""
 
@@ -24,12 +26,13 @@ class Waits:
     def __init__(self) -> None:
         self._waits: dict[str, _Wait] = {}
 
-    def add(self, job_id: str) -> None:
+    def add(self, job_id: str, *, attached: bool) -> None:
         """Expect a job's end, before it can come."""
         if job_id not in self._waits:
             loop = asyncio.get_running_loop()
             self._waits[job_id] = _Wait(loop.create_future(), loop.time())
         self._waits[job_id].waiters += 1
+        self._waits[job_id].attached |= attached
 
     def accepted(self, job_id: str) -> None:
         """The broker has it."""
@@ -45,7 +48,7 @@ class Waits:
                 del self._waits[job_id]
 
     def ended(self, job_id: str) -> asyncio.Future[Outcome]:
-        """Resolved when the job has ended; ``LookupError`` for one that nobody expects."""
+        """Resolved when the job has ended, of one that is expected."""
         return self._waits[job_id].ended
 
     def resolve(self, job_id: str, outcome: Outcome) -> None:
@@ -63,8 +66,14 @@ class Waits:
             if wait.accepted and not wait.ended.done() and wait.since <= oldest
         ]
 
-    def __contains__(self, job_id: object) -> bool:
-        return job_id in self._waits
+    @property
+    def empty(self) -> bool:
+        """Whether nobody waits."""
+        return not self._waits
+
+    def is_attached(self, job_id: str) -> bool:
+        """Whether the job was submitted here to be waited for, and has not been answered."""
+        return job_id in self._waits and self._waits[job_id].attached
 
 
 def chunks(ids: list[str], size: int) -> Iterable[list[str]]:

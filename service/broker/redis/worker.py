@@ -202,7 +202,7 @@ class RedisWorkerBroker(WorkerBroker):
         return bool(self._insist("deliver", self._owner, job.id, job.attempt, token, state, error, result, job=job))
 
     def release(self, job: Job) -> None:
-        self._insist("release", self._owner, job.id, job.attempt, "the worker handed it back", job=job)
+        self._insist("release", self._owner, job.id, job.attempt, "handed back", job=job)
 
     def _insist(self, name: str, *arguments: str | bytes | int | float, job: Job) -> Any:
         pause = 0.05

@@ -12,6 +12,10 @@ end
 local lost = {}
 for i = 4, #ARGV - 5, 5 do
   local job = owned(arg(i), owner, arg(i + 1))
+  if job and tonumber(job.deadline) <= now then
+    time_out(job)
+    job = nil
+  end
   if job then
     call('ZADD', LEASES, 'XX', now + LEASE, job.id)
     if job.detached == '1' and arg(i + 3) ~= '' and call('HGET', job.key, 'block') ~= arg(i + 3) then

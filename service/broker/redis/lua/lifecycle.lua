@@ -59,8 +59,8 @@ local function finish(job, state, error, result, token)
   if result then call('HSET', job.key, 'result', result, 'progress', 1) end
   call('PEXPIRE', job.key, keep)
   if job.idempotency ~= '' then
-    -- What was canceled is not answered again when the request is repeated: it is done then.
-    if state == 'canceled' then call('DEL', job.idempotency) else call('PEXPIRE', job.idempotency, keep) end
+    -- A repetition of what came to nothing is a new attempt.
+    if state == 'completed' then call('PEXPIRE', job.idempotency, keep) else call('DEL', job.idempotency) end
   end
   if job.detached == '1' then
     event(job.id, state, error)
@@ -112,17 +112,28 @@ local function time_out(job)
   finish(job, 'failed', refusal('TimedOut', 'timeout', message))
 end
 
+local function without(inboxes, replica)
+  local others = {}
+  for other in string.gmatch(inboxes, '%S+') do
+    if other ~= replica then others[#others + 1] = other end
+  end
+  return table.concat(others, ' ')
+end
+
+-- One more API process to be told when the job has ended.
+local function tell_too(job, replica)
+  if string.find(' ' .. job.inboxes .. ' ', ' ' .. replica .. ' ', 1, true) then return end
+  call('HSET', job.key, 'inboxes', job.inboxes == '' and replica or job.inboxes .. ' ' .. replica)
+  if job.detached ~= '1' then call('SADD', P .. 'attached:' .. replica, job.id) end
+end
+
 -- Jobs that only this API process waited for are nobody's.
 local function detach(replica)
   local attached = P .. 'attached:' .. replica
   for _, id in ipairs(call('SMEMBERS', attached)) do
     local job = load(id)
     if job and not has_ended(job) then
-      local others = {}
-      for other in string.gmatch(job.inboxes, '%S+') do
-        if other ~= replica then others[#others + 1] = other end
-      end
-      job.inboxes = table.concat(others, ' ')
+      job.inboxes = without(job.inboxes, replica)
       if job.inboxes == '' and job.detached ~= '1' then
         finish(job, 'canceled', refusal('Canceled', 'canceled', 'the process that waited for this request is gone'))
       else
@@ -145,6 +156,21 @@ local function give_on_all_of(owner, reason)
     end
   end
   return count
+end
+
+-- The replica has told its waiters; when it was the last, nobody else can ask for a job that is not detached.
+local function forget(id, replica)
+  local job = load(id)
+  if not job or not has_ended(job) or job.detached == '1' then return end
+  local others = without(job.inboxes, replica)
+  if others ~= '' then
+    call('HSET', job.key, 'inboxes', others)
+  else
+    call('DEL', job.key)
+    if job.idempotency ~= '' and string.match(call('GET', job.idempotency) or '', '^%S+') == id then
+      call('DEL', job.idempotency)
+    end
+  end
 end
 
 local function unserve(worker, name)
@@ -192,7 +218,7 @@ local function sweep(every)
   local expired = call('ZRANGEBYSCORE', LEASES, '-inf', '(' .. now, 'LIMIT', 0, 200)
   for _, id in ipairs(expired) do
     local job = load(id)
-    if job then give_on(job, 'the worker was not heard for too long') else call('ZREM', LEASES, id) end
+    if job then give_on(job, 'its worker was lost') else call('ZREM', LEASES, id) end
   end
   for _, replica in ipairs(call('ZRANGEBYSCORE', REPLICAS, '-inf', now - REPLICA)) do detach(replica) end
   for _, worker in ipairs(call('ZRANGEBYSCORE', WORKERS, '-inf', now - FORGET_WORKER)) do forget_worker(worker) end

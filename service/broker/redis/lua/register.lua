@@ -4,7 +4,7 @@ local key = P .. 'worker:' .. worker
 local before = call('HMGET', key, 'owner', 'names')
 go_on_when_full()
 -- A worker of this name that began anew has nothing of what its predecessor had.
-if before[1] and before[1] ~= owner then give_on_all_of(before[1], 'the worker was started again') end
+if before[1] and before[1] ~= owner then give_on_all_of(before[1], 'its worker was started again') end
 local names, digests, serves = {}, {}, {}
 for i = 4, #ARGV - 5, 3 do
   names[#names + 1], digests[#digests + 1] = arg(i), arg(i + 1)

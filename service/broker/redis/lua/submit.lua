@@ -14,10 +14,7 @@ if arg(14) ~= '' then
   local job = earlier and load(earlier)
   if job then
     if fingerprint ~= arg(15) then return {'idempotency_key_reused'} end
-    if detached == '0' and not has_ended(job) and not string.find(' ' .. job.inboxes .. ' ', ' ' .. replica .. ' ', 1, true) then
-      call('HSET', job.key, 'inboxes', job.inboxes == '' and replica or job.inboxes .. ' ' .. replica)
-      call('SADD', P .. 'attached:' .. replica, earlier)
-    end
+    if detached == '0' and not has_ended(job) then tell_too(job, replica) end
     return {'repeated', earlier}
   end
 end
