@@ -83,7 +83,7 @@ class RedisBroker(Broker):
         self._last_news = b"0-0"
         self._tasks: list[asyncio.Task[None]] = []
         self._reachable = True
-        self._draining = False
+        self._draining = self._closing = False
 
     # Life.
 
@@ -96,9 +96,11 @@ class RedisBroker(Broker):
 
     async def close(self) -> None:
         """Leave; jobs that only this process waited for are canceled."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._closing = True
+        while pending := [task for task in self._tasks if not task.done()]:
+            for task in pending:
+                task.cancel()  # more than once: a connection that is just being made may swallow it
+            await asyncio.wait(pending, timeout=0.2)
         self._tasks = []
         with suppress(Unavailable):
             await self._call("detach", self._replica)
@@ -339,7 +341,7 @@ class RedisBroker(Broker):
     async def _listen(self) -> None:
         """Tell those who wait in this process; one connection, however many they are."""
         inbox, missed = self._keys.inbox(self._replica), False
-        while True:
+        while not self._closing:
             try:
                 if missed:
                     await self._recheck(0.0)
@@ -373,7 +375,7 @@ class RedisBroker(Broker):
     async def _look_after(self) -> None:
         loop = asyncio.get_running_loop()
         rechecked = loop.time()
-        while True:
+        while not self._closing:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
                 await self.sweep()
