@@ -26,6 +26,7 @@ from model.anomaly.conformal import smallest_alpha
 from model.anomaly.detector import FEWEST_IMAGES, SCORES, Detector
 from model.anomaly.features import Statistics
 from model.anomaly.maps import MapScale
+from model.anomaly.normals import distinct
 
 FORMAT_VERSION = 1
 DEFAULT_ALPHA = 0.01
@@ -177,9 +178,12 @@ def calibrate(
     """Make a calibration of normal images' statistics, residuals included, and their pixels (N, C, H, W).
 
     ``record`` holds the fields of :class:`CalibrationRecord` that are not counted here. The images are split at random,
-    by ``order_seed``, since files often come in some order. Raises ``ValueError`` for too few images, and for one that
-    the model has no finite statistics of.
+    by ``order_seed``, since files often come in some order; exact copies count once. Raises ``ValueError`` for too few
+    different images, and for one that the model has no finite statistics of.
     """
+    kept = distinct(pixels)
+    if len(kept) < len(pixels):
+        statistics, pixels = _take(statistics, kept), pixels[kept]
     fit_size, calibration_size = split_sizes(len(pixels))
     for name, values in statistics.items():
         finite_N = np.isfinite(values.reshape(len(values), -1)).all(axis=1)

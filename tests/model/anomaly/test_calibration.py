@@ -17,6 +17,7 @@ from model.anomaly.codec import CODECS, code_lengths, fingerprint
 from model.anomaly.conformal import p_values
 from model.anomaly.detector import CODE_FREE, SCORES
 from model.anomaly.features import Statistics, concatenate
+from model.anomaly.normals import distinct
 from model.anomaly.regions import regions
 from model.anomaly.statistics import image_statistics
 from model.config import NoiseProtocol
@@ -153,11 +154,25 @@ def test_an_image_without_finite_statistics_is_named() -> None:
 
 
 def test_histograms_of_equal_images_have_one_bin() -> None:
-    pixels = np.repeat(pictures(1), 20, axis=0)
-    still = calibrate(statistics(pixels), pixels, RECORD)
-    assert all(still.histogram(name)[1].sum() == 10 for name in still.scores)
+    still = replace(calibrated(), sorted_scores={"nll": np.full(10, 3.5)})
+    assert still.histogram("nll")[1].tolist() == [10]
     close = replace(calibrated(), sorted_scores={"nll": np.array([1.0, np.nextafter(1.0, 2.0)])})
     assert close.histogram("nll")[1].tolist() == [2]
+
+
+def test_exact_copies_count_once() -> None:
+    """An image in both halves would be calibrated with by densities that were fitted to it."""
+    pixels = pictures(30)
+    order = np.r_[0:30, 5:25, 5]
+    assert distinct(pixels[order]).tolist() == list(range(30))
+    assert distinct(pixels[order][::-1], pixels[:7]).tolist() == [*range(1, 19), *range(21, 26)]
+    copied, plain = (calibrate(statistics(some), some, RECORD) for some in (pixels[order], pixels))
+    assert (copied.record.num_fit, copied.record.num_calibration) == (15, 15)
+    for name, values in plain.sorted_scores.items():
+        np.testing.assert_allclose(copied.sorted_scores[name], values, rtol=1e-3, atol=1e-3, err_msg=name)
+    still = np.repeat(pixels[:19], 2, axis=0)
+    with pytest.raises(ValueError, match="got 19, allowed are 20 and more"):
+        calibrate(statistics(still), still, RECORD)
 
 
 def test_a_file_gives_the_same_scores_and_record() -> None:
