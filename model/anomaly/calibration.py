@@ -27,6 +27,7 @@ from model.anomaly.detector import FEWEST_IMAGES, SCORES, Detector
 from model.anomaly.features import Statistics
 from model.anomaly.maps import MapScale
 from model.anomaly.normals import distinct
+from model.anomaly.rounding import raised
 
 FORMAT_VERSION = 1
 DEFAULT_ALPHA = 0.01
@@ -83,7 +84,7 @@ class Calibration:
     record: CalibrationRecord
     detector: Detector
     sorted_scores: Mapping[str, Floats]
-    """Scores of the calibration images by name, sorted, (m,) each."""
+    """Scores of the calibration images by name, raised above what rounding may do to them, sorted, (m,) each."""
     maps: MapScale
 
     @cached_property
@@ -204,7 +205,7 @@ def calibrate(
         num_calibration=calibration_size,
         codec_fingerprint=tuple(tuple(lengths) for lengths in fingerprint(channels, size)),
     )
-    return Calibration(complete, detector, {name: np.sort(values) for name, values in scores.items()}, maps)
+    return Calibration(complete, detector, {name: raised(np.sort(values)) for name, values in scores.items()}, maps)
 
 
 def _take(statistics: Statistics, index: NDArray[np.int64]) -> Statistics:
