@@ -119,12 +119,12 @@ def likelihood_and_statistics(
     Both come from one pass.
     """
     device = flow.prior_variance.device
-    draw_CHW = input_noise(noise.kind, seed, 1, tuple(pixels_BCHW.shape[1:]))[0].to(device)
-    pixels_BCHW = pixels_BCHW.to(device)
-    x_BTD = flow.patchify(add_noise(pixels_BCHW, noise, draw_CHW))
+    # Noised where the images are, as for a likelihood: another device may round otherwise.
+    draw_CHW = input_noise(noise.kind, seed, 1, tuple(pixels_BCHW.shape[1:]))[0].to(pixels_BCHW.device)
+    x_BTD = flow.patchify(add_noise(pixels_BCHW, noise, draw_CHW).to(device))
     labels_B = None if y_B is None else y_B.to(device)
     nats_B, statistics = flow_statistics(flow, noise, x_BTD, labels_B)
     if gradient:
-        clean_BTD = flow.patchify(add_noise(pixels_BCHW, noise, centre_draw(noise.kind)))
+        clean_BTD = flow.patchify(add_noise(pixels_BCHW, noise, centre_draw(noise.kind)).to(device))
         statistics |= residual_statistics(flow, noise, clean_BTD, x_BTD, labels_B)
     return nats_B, statistics
