@@ -13,11 +13,12 @@ import torch
 
 from model.bundle import BundleError
 from model.device import resolve_device, visible_devices
-from service.broker.socket import BrokerGone, SocketWorkerBroker
-from service.jobs import EXIT_UNUSABLE, WorkerInfo
+from service.broker.base import BrokerGone
+from service.broker.socket import SocketWorkerBroker
+from service.jobs import EXIT_UNUSABLE
 from service.worker.engine import Engine
-from service.worker.loading import load_models
 from service.worker.metrics import WorkerMetrics
+from service.worker.models import load_models
 
 
 class _ListDevices(argparse.Action):
@@ -62,9 +63,8 @@ def main() -> int:
             engine.stopping = True
 
         signal.signal(signal.SIGTERM, stop)
-        device = next(iter(models.values())).device
-        broker.register(WorkerInfo(id=options.id, device=str(device), models=tuple(m.info for m in models.values())))
-        log.info("ready on %s with %s", device, ", ".join(models))
+        broker.register(engine.info)
+        log.info("ready on %s with %s", models.device, ", ".join(models))
         engine.run()
         broker.close()
     except BrokerGone as error:

@@ -30,6 +30,11 @@ def _labels(model: LoadedModel, job: Job) -> tuple[int, ...]:
     return (NO_CLASS if label is None else int(label),)
 
 
+def network_rows(model: LoadedModel, job: Job) -> int:
+    """Rows of a job's passes: images × draws × labels."""
+    return job.rows * int(job.payload.get("draws", 1)) * len(_labels(model, job))
+
+
 def _noisy_rows(model: LoadedModel, job: Job) -> Iterator[tuple[Tensor, int]]:
     """The rows of a job, draw by draw, image by image, label by label: continuous image (C, H, W) and label."""
     payload, labels = job.payload, _labels(model, job)

@@ -36,7 +36,7 @@ def statistics(model: LoadedModel, job: Job, batch_rows: int) -> tuple[Tensor | 
         return None, {}
     gradient, seed = bool(wanted["gradient"]), int(wanted["seed"])
     # A backward pass keeps a block's activations, so that it has as few rows as a slice of denoising.
-    most_rows = MOST_SLICE_ROWS[model.device.type] if gradient else batch_rows
+    most_rows = min(batch_rows, MOST_SLICE_ROWS[model.device.type]) if gradient else batch_rows
     batches = torch.from_numpy(job.payload["pixels"].copy()).split(model.pass_rows(most_rows))
     parts = [
         likelihood_and_statistics(model.flow, model.noise, pixels, None, seed=seed, gradient=gradient)
