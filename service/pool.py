@@ -145,6 +145,7 @@ class Pool:
             *("--id", worker_id),
             *self._connection,
             *("--models", str(settings.models)),
+            *("--model-memory", str(settings.model_memory)),
             *("--device", device),
             *("--threads", str(self._threads)),
             *("--batch-rows", str(settings.batch_rows)),

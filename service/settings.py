@@ -70,6 +70,9 @@ class Settings(SharedSettings):
     )
     caller_share: float = Field(0.5, gt=0, le=1, description="Share of it that one named caller may have waiting.")
     request_timeout: float = Field(600.0, gt=0, description="Seconds until a waiting request is given up with 504.")
+    admin: bool = Field(
+        False, description="Answer /v1/admin, where whoever reaches the port can load and unload models."
+    )
     drain_seconds: int = Field(30, ge=0, description="Seconds that running requests get to finish on shutdown.")
 
     @property
@@ -93,6 +96,9 @@ class ComputeSettings(SharedSettings):
         description="cpu, cuda:N, several with commas, or auto or all: every GPU, or else the CPU. A worker each.",
     )
     threads: int = Field(0, ge=0, description="CPU threads of a worker; 0 divides the cores among the workers.")
+    model_memory: int = Field(
+        0, ge=0, description="Most bytes of weights that a worker holds; 0 for no limit. What does not fit is not served."
+    )
     cohorts: int = Field(4, ge=1, description="Most sampling batches in flight at once.")
     batch_wait_ms: float = Field(
         0.0,

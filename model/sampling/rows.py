@@ -108,7 +108,7 @@ def make_rows(
     )
 
 
-def finish(slices: Generator[Any, Tensor | None, Result]) -> Result:
+def finish(slices: Generator[Any, Any, Result]) -> Result:
     """Run a sampler to its end in one go."""
     while True:
         try:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from model.anomaly.calibration import FEWEST_NORMALS
+from model.anomaly.normals import distinct
 from model.images import ImageError, fit_image, load_image
 from service.api.spooling import SpooledFile
 from service.archives import Allowance, ArchiveError, ImageArchive, is_archive
@@ -35,7 +36,7 @@ PIXELS_OF_A_CALIBRATION = 1000
 
 @dataclass(frozen=True)
 class Normals:
-    """Images fitted to a model, (N, C, H, W) uint8, with what is to be known about the upload."""
+    """Different images fitted to a model, (N, C, H, W) uint8, with what is to be known about the upload."""
 
     pixels: NDArray[np.uint8]
     source: str
@@ -145,8 +146,9 @@ async def read_normals(
 ) -> Normals:
     """Decode all images and bring them to a model's size and colours, image by image in a thread.
 
-    Raises ``InvalidRequest`` for too few or too many images, for too many pixels in all, for an archive that cannot be
-    read, and for images that cannot be used, the first 20 of which it names; ``Canceled`` for a client that has gone.
+    Exact copies count once. Raises ``InvalidRequest`` for too few or too many images, for too many pixels in all, for
+    an archive that cannot be read, and for images that cannot be used, the first 20 of which it names; ``Canceled``
+    for a client that has gone.
     """
     upload = await anyio.to_thread.run_sync(_Upload, files, settings)
     count, flow = len(upload.sources), model.flow
@@ -193,4 +195,17 @@ async def read_normals(
     parts = [f"{single} uploaded files"] if single else []
     if upload.archives:
         parts.append(_shown_names(upload.archives))
+    kept = await anyio.to_thread.run_sync(distinct, pixels, limiter=limiter)
+    if copies := count - len(kept):
+        message = f"{copies} of {count} images are exact copies of others and were left out"
+        if len(kept) < FEWEST_NORMALS:
+            raise InvalidRequest(
+                f"files: got {len(kept)} different images, allowed are {FEWEST_NORMALS} and more: {message}",
+                param="files",
+                code="invalid_count",
+            )
+        upload.notices.append(("duplicates", message))
+        # Of the warnings nothing is kept once the calibration is ready; its source is.
+        parts.append(f"without {copies} copies")
+        pixels = pixels[kept]
     return Normals(pixels, "; ".join(parts), upload.notices)

@@ -18,10 +18,10 @@ from prometheus_client import ProcessCollector, start_http_server
 from model.bundle import BundleError
 from model.device import resolve_device, visible_devices
 from service.broker.base import BrokerGone, Limits, WorkerBroker
-from service.jobs import EXIT_UNUSABLE, REDIS_VARIABLE, WorkerInfo
+from service.jobs import EXIT_UNUSABLE, REDIS_VARIABLE
 from service.worker.engine import Engine
-from service.worker.loading import load_models
 from service.worker.metrics import WorkerMetrics
+from service.worker.models import load_models
 from service.worker.watchdog import Watchdog
 
 
@@ -43,6 +43,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limits", type=json.loads, help="JSON of the broker's limits; with --redis")
     parser.add_argument("--id", required=True)
     parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--model-memory", type=int, default=0, help="most bytes of weights, 0 for no limit")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--batch-rows", type=int, required=True)
@@ -92,7 +93,8 @@ def main() -> int:
         if options.metrics_port:
             ProcessCollector(registry=metrics.registry)
             start_http_server(options.metrics_port, registry=metrics.registry)
-        models = load_models(options.models, resolve_device(options.device), options.batch_rows)
+        device = resolve_device(options.device)
+        models = load_models(options.models, device, options.batch_rows, options.model_memory)
     except (BundleError, OSError, ValueError, RuntimeError) as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
@@ -113,11 +115,10 @@ def main() -> int:
         def stop(_signal: int, _frame: FrameType | None) -> None:
             engine.stopping = True
 
-        device = next(iter(models.values())).device
-        broker.register(WorkerInfo(id=options.id, device=str(device), models=tuple(m.info for m in models.values())))
+        broker.register(engine.info)
         # Until here there is nothing to finish.
         signal.signal(signal.SIGTERM, stop)
-        log.info("ready on %s with %s", device, ", ".join(models))
+        log.info("ready on %s with %s", models.device, ", ".join(models))
         watchdog.start()
         engine.run()
         watchdog.stop()
