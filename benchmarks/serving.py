@@ -246,9 +246,9 @@ def peers(models: Path, seconds: float) -> Rows:
     for name, start in starts.items():
         with start() as deployment:
             paths = {kind: f"/{kind}" if name in PEERS else "" for kind in ("score", "sample")}
-            urls = {"score": deployment.urls[:1], "sample": deployment.urls[-1:]}
+            usual = Load(urls=deployment.urls, kind="", seconds=seconds, as_json=True)
             loads = {
-                kind: Load(urls=urls[kind], kind=kind, seconds=seconds, concurrency=number, path=paths[kind])
+                kind: Load(**{**vars(usual), "kind": kind, "concurrency": number, "path": paths[kind]})
                 for kind, number in (("score", CONCURRENT_SCORES), ("sample", SAMPLES))
             }
             for load in loads.values():
