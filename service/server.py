@@ -22,6 +22,7 @@ from service.broker.socket import BrokerServer
 from service.jobs import ModelInfo
 from service.pool import Pool
 from service.settings import Settings
+from service.state import claimed
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.1
@@ -111,6 +112,7 @@ def serve(settings: Settings) -> None:
             # Jobs have ended by then; this is for answers that are still being written.
             timeout_graceful_shutdown=ANSWER_SECONDS,
         )
-        asyncio.run(_Server(config, broker, pool, settings.drain_seconds).serve())
+        with claimed(settings.state):
+            asyncio.run(_Server(config, broker, pool, settings.drain_seconds).serve())
     if pool.unusable:
         raise ValueError("a worker cannot start; its last line in the log says why")
