@@ -46,7 +46,12 @@ def create_app(
     """
     store, drift = CalibrationStore(settings.state), Drift(settings.drift_window)
     calibrator = Calibrator(
-        broker, store, PendingStore(settings.state), batch_rows=settings.batch_rows, changed=drift.forget
+        broker,
+        store,
+        PendingStore(settings.state),
+        batch_rows=settings.batch_rows,
+        most=settings.max_calibrations,
+        changed=drift.forget,
     )
 
     @asynccontextmanager
