@@ -77,6 +77,16 @@ STATISTICS = "statistics."
 EXIT_UNUSABLE = 3
 """Exit status of a worker that cannot start: a bad bundle, a missing device, a failed warm-up."""
 
+EXIT_DEVICE_LOST = 5
+"""Exit status of a worker whose device failed for good, as after an illegal memory access on a GPU."""
+
+EXIT_STUCK = 4
+"""Exit status of a worker that ended itself because its inference loop was not heard any more."""
+
+REDIS_VARIABLE = "TARFLOW_REDIS"
+"""Environment variable in which a worker finds its Redis: a URL may hold a password, and every user of a host sees the
+arguments of its processes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -198,16 +208,18 @@ class WorkerInfo:
     id: str
     device: str
     models: tuple[ModelInfo, ...]
+    states: Mapping[str, str] = field(default_factory=dict)
+    """Where every model stands by name: loading, ready, unloading, or failed and why."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for a message."""
-        return {"id": self.id, "device": self.device, "models": [m.to_wire() for m in self.models]}
+        return {**vars(self), "models": [m.to_wire() for m in self.models], "states": dict(self.states)}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> WorkerInfo:
         """Inverse of :meth:`to_wire`."""
         models = tuple(ModelInfo.from_wire(m) for m in data["models"])
-        return cls(id=data["id"], device=data["device"], models=models)
+        return cls(**{**data, "models": models})
 
 
 def as_floats(values: Any) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ class WorkerMetrics:
     """The figures of one worker process, in a registry of its own."""
 
     def __init__(self, worker_id: str) -> None:
-        self._worker_id = worker_id
+        self.worker_id = worker_id
         self.registry = CollectorRegistry()
         labels, own = ("model", "op"), self.registry
         self.inference = Histogram(
@@ -72,6 +72,20 @@ class WorkerMetrics:
         self.plans = Counter(
             "tarflow_sampled_images", "Sampled and decoded images by kind of plan", ("model", "plan"), registry=own
         )
+        self.merges = Counter(
+            "tarflow_cohort_merges", "Cohorts that another took in at a block boundary", ("model",), registry=own
+        )
+        self.dropped = Counter(
+            "tarflow_dropped_rows", "Images that left because nobody wants them any more", labels, registry=own
+        )
+        self.oom = Counter("tarflow_oom", "Batches that ran out of memory", labels, registry=own)
+        self.ceiling = Gauge(
+            "tarflow_batch_ceiling_rows", "Most images in a batch since one ran out of memory", labels, registry=own
+        )
+        self.loaded = Gauge("tarflow_loaded_models", "Models in memory", registry=own)
+        self.load_seconds = Gauge(
+            "tarflow_model_load_seconds", "From the order to load a model until it served", ("model",), registry=own
+        )
         self.memory = Gauge("tarflow_device_memory_bytes", "Memory held on the device", ("device",), registry=own)
 
     def observe_sampling(
@@ -97,7 +111,7 @@ class WorkerMetrics:
                 "name": metric.name,
                 "type": metric.type,
                 "documentation": metric.documentation,
-                "samples": [[s.name, {**s.labels, "worker": self._worker_id}, s.value] for s in metric.samples],
+                "samples": [[s.name, {**s.labels, "worker": self.worker_id}, s.value] for s in metric.samples],
             }
             for metric in self.registry.collect()
         ]

@@ -1,0 +1,82 @@
+"""What becomes of jobs: results and errors, counted and delivered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from service.broker.base import WorkerBroker
+from service.errors import InternalError
+from service.jobs import Job, JobResult
+from service.worker.metrics import WorkerMetrics
+from service.worker.parts import Assembly, Part
+from service.worker.scoring import Arrays
+
+log = logging.getLogger(__name__)
+
+
+class Outcomes:
+    """The way from a worker's batches to the callers."""
+
+    def __init__(self, broker: WorkerBroker, metrics: WorkerMetrics) -> None:
+        self._broker, self._metrics = broker, metrics
+        self._assembly = Assembly()
+
+    def batch(self, jobs: Sequence[Job], rows: int, seconds: float) -> None:
+        """Count a batch of one model and op that is done."""
+        labels = {"model": jobs[0].model, "op": str(jobs[0].op)}
+        self._metrics.inference.labels(**labels).observe(seconds)
+        self._metrics.batch.labels(**labels).observe(rows)
+
+    def fault(self, jobs: Sequence[Job], error: BaseException, *, out_of_memory: bool) -> None:
+        """Log and count a batch that failed; what becomes of its jobs is decided elsewhere."""
+        labels = {"model": jobs[0].model, "op": str(jobs[0].op)}
+        if out_of_memory:
+            log.warning("a batch of %d %s jobs ran out of memory: %s", len(jobs), jobs[0].op, error)
+            self._metrics.oom.labels(**labels).inc()
+        else:
+            log.error("a batch of %d %s jobs failed", len(jobs), jobs[0].op, exc_info=error)
+            self._metrics.failed_batches.labels(**labels).inc()
+
+    def fail(self, job: Job, *, out_of_memory: bool) -> None:
+        """End a job that failed by itself."""
+        self.forget(job.id)
+        details = "the service's log has the details"
+        if out_of_memory:
+            error = InternalError(
+                f"the device is out of memory even for one image of this request; {details}", code="out_of_memory"
+            )
+        else:
+            error = InternalError(f"the model failed on this request; {details}")
+        self._broker.fail(job, error)
+
+    def dropped(self, job: Job, rows: int) -> None:
+        """Count rows that leave because the job is no longer this worker's."""
+        self._metrics.dropped.labels(model=job.model, op=str(job.op)).inc(rows)
+
+    def forget(self, job_id: str) -> None:
+        """Parts of this job will not come together."""
+        self._assembly.forget(job_id)
+
+    def share(self, job: Job) -> float:
+        """Which share of a job's rows is finished."""
+        return self._assembly.share(job)
+
+    def deliver(self, part: Part, arrays: Arrays, seconds: float, plan: Sequence[str] = ()) -> None:
+        """A part is finished; with the last of a job's the job is."""
+        job = part.job
+        labels = {"model": job.model, "op": str(job.op)}
+        self._metrics.images.labels(**labels).inc(part.rows)
+        if "finite" in arrays:
+            self._metrics.nonfinite.labels(**labels).inc(int((arrays["finite"] == 0).sum()))
+        for bits in arrays.get("bits_per_dim", ()):
+            self._metrics.bits.labels(model=job.model).observe(float(bits))
+        if plan:
+            tolerance = float(job.payload["solver"]["tolerance"])
+            self._metrics.observe_sampling(job.model, plan, tolerance, arrays)
+        whole = self._assembly.add(part, arrays, seconds, plan)
+        if whole is None:
+            return
+        result = JobResult(arrays=whole.arrays, inference_seconds=whole.seconds, plan=whole.plan)
+        if not self._broker.complete(job, result):
+            log.info("the result of %s was not wanted any more", job.id)

@@ -1,0 +1,97 @@
+"""Urgent work: batches of scores, encodings and classifications, between two slices of sampling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from service.jobs import Job, Op
+from service.worker.ceilings import Ceilings
+from service.worker.faults import BATCH_FAULTS, check_device, is_out_of_memory, make_room
+from service.worker.loading import LoadedModel
+from service.worker.outcomes import Outcomes
+from service.worker.parts import Part
+from service.worker.scoring import RUN, Arrays, network_rows
+
+Claimed = tuple[LoadedModel, Job]
+
+
+def batches(claimed: Sequence[Claimed], most_rows: int) -> list[list[Claimed]]:
+    """Jobs of one model and op together, in their order, up to ``most_rows`` rows of the network.
+
+    A job that fills a batch alone goes after those that do not, so that they need not wait for it.
+    """
+    full: list[list[Claimed]] = []
+    open_batches: dict[tuple[str, Op], tuple[list[Claimed], int]] = {}
+    closed: list[list[Claimed]] = []
+    for model, job in claimed:
+        rows = network_rows(model, job)
+        if rows >= most_rows:
+            full.append([(model, job)])
+            continue
+        batch, taken = open_batches.get((job.model, job.op), ([], 0))
+        if taken + rows > most_rows:
+            closed.append(batch)
+            batch, taken = [], 0
+        batch.append((model, job))
+        open_batches[job.model, job.op] = (batch, taken + rows)
+    return [*closed, *(batch for batch, _ in open_batches.values()), *full]
+
+
+class UrgentWork:
+    """Runs what was claimed to its end."""
+
+    def __init__(self, outcomes: Outcomes, ceilings: Ceilings, batch_rows: int) -> None:
+        self._outcomes, self._ceilings, self._batch_rows = outcomes, ceilings, batch_rows
+        self._jobs: dict[str, Job] = {}
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those that are not done yet, for heartbeats in the meantime."""
+        return list(self._jobs.values())
+
+    def run(self, claimed: Sequence[Claimed]) -> float:
+        """Do these jobs; returns the seconds it took."""
+        start = time.perf_counter()
+        self._jobs = {job.id: job for _, job in claimed}
+        for batch in batches(claimed, self._batch_rows):
+            self._batch(batch[0][0], [job for _, job in batch])
+        return time.perf_counter() - start
+
+    def _batch(self, model: LoadedModel, jobs: Sequence[Job]) -> None:
+        """A batch; one that fails is done again job by job, and the one that fails alone ends with an error."""
+        start = time.perf_counter()
+        results, out_of_memory = self._attempt(model, jobs)
+        seconds = time.perf_counter() - start
+        if results is not None:
+            self._outcomes.batch(jobs, sum(job.rows for job in jobs), seconds)
+            for job, arrays in zip(jobs, results, strict=True):
+                self._outcomes.deliver(Part.whole(job), arrays, seconds)
+                del self._jobs[job.id]
+        elif len(jobs) > 1:
+            for job in jobs:
+                self._batch(model, [job])
+        else:
+            self._outcomes.fail(jobs[0], out_of_memory=out_of_memory)
+            del self._jobs[jobs[0].id]
+
+    def _attempt(self, model: LoadedModel, jobs: Sequence[Job]) -> tuple[list[Arrays] | None, bool]:
+        """Results, with as many rows in a pass as the memory has room for; or none, and whether that was for it."""
+        name, op = model.info.name, str(jobs[0].op)
+        most = min(self._batch_rows, sum(network_rows(model, job) for job in jobs))
+        rows = model.pass_rows(self._ceilings.most(name, op, most))
+        while True:
+            try:
+                return RUN[jobs[0].op](model, jobs, rows), False
+            except BATCH_FAULTS as error:
+                out_of_memory = is_out_of_memory(error)
+                self._outcomes.fault(jobs, error, out_of_memory=out_of_memory)
+            # Out here the exception is gone, and with it what its frames held.
+            if not out_of_memory:
+                check_device(model.device)
+                return None, False
+            make_room(model.device)
+            if rows == 1:
+                self._ceilings.forget(name, op)
+                return None, True
+            rows = self._ceilings.failed(name, op, rows)
