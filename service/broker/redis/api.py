@@ -208,7 +208,7 @@ class RedisBroker(Broker):
         """The outcome of a job that has ended, however long Redis is away."""
         while True:
             with suppress(Unavailable):
-                return await self._outcome(job_id) or _LOST
+                return await self._outcome(job_id) or _lost()
             await asyncio.sleep(0.2)
 
     async def cancel(self, job_id: str) -> bool:
@@ -300,7 +300,7 @@ class RedisBroker(Broker):
         for ids in chunks(self._waits.open(older_than), 200):
             found = await self._calls.fields_of_many(ids, ("state", "error", "created", "started"))
             for job_id, (state, error_data, created, started) in zip(ids, found, strict=True):
-                outcome = Outcome.of_job((state, error_data, None, created, started)) or _LOST
+                outcome = Outcome.of_job((state, error_data, None, created, started)) or _lost()
                 if outcome.state in FINAL:
                     self._waits.resolve(job_id, outcome)
 
@@ -344,7 +344,6 @@ class RedisBroker(Broker):
                 log.warning("redis at %s has %s %s: %s", public(self._url), name, found, danger)
 
 
-_LOST = Outcome(
-    state=JobState.FAILED,
-    error=Unavailable("the queue lost this request; send it again", code="broker_unreachable", retry_after=1.0),
-)
+def _lost() -> Outcome:
+    error = Unavailable("the queue lost this request; send it again", code="broker_unreachable", retry_after=1.0)
+    return Outcome(state=JobState.FAILED, error=error)

@@ -26,6 +26,6 @@ for name in string.gmatch(before[2] or '', '[^\n]+') do
     end
   end
 end
-heard(worker)
+heard(worker, true)
 ring()
 return 1
