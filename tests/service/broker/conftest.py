@@ -19,9 +19,7 @@ from service.broker.redis.worker import RedisWorkerBroker
 from service.broker.socket import BrokerServer, SocketWorkerBroker
 from service.errors import ServiceError
 from service.jobs import Job, JobResult, Lane, ModelInfo, Op, WorkerInfo
-from tests.service.broker.redis_server import RedisServer, redis_server, shared_redis
-
-__all__ = ["redis_server", "shared_redis"]
+from tests.service.broker.redis_server import RedisServer, redis_server, shared_redis  # noqa: F401 (fixtures)
 
 FLOW = FlowConfig(image_size=4, channels=1, patch_size=2, width=64, num_blocks=2, layers_per_block=1)
 

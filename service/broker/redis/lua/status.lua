@@ -27,7 +27,7 @@ for _, id in ipairs(ids) do
     'started', 'ended', 'expires', 'error', 'lane', 'number', 'finish')
   if job[1] then
     job[13] = job[1] == 'queued' and position(job[13], job[3], job[14], job[15], id) or -1
-    job[14] = id
+    job[14], job[15] = id, nil
     answer[#answer + 1] = job
   end
 end
