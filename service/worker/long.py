@@ -75,6 +75,11 @@ class LongWork:
         yield from (part for load in self._loads for part in load.parts)
 
     @property
+    def cohorts(self) -> Sequence[Cohort]:
+        """Those in flight, the one whose turn is next first."""
+        return tuple(self._cohorts)
+
+    @property
     def jobs(self) -> list[Job]:
         """All jobs that are not finished, once each."""
         return list({part.job.id: part.job for part in self.parts}.values())
@@ -165,12 +170,17 @@ class LongWork:
     def run(self, seconds: float) -> None:
         """Advance cohorts in turn for so long, or until all are finished."""
         until = time.perf_counter() + seconds
-        while True:
-            self._start()
-            if not self._cohorts or time.perf_counter() >= until:
-                return
-            self._alive()
-            self._slice(self._next())
+        while self.turn() and time.perf_counter() < until:
+            pass
+
+    def turn(self) -> bool:
+        """Advance one cohort by one slice; ``False`` when there is nothing to do."""
+        self._start()
+        if not self._cohorts:
+            return False
+        self._alive()
+        self._slice(self._next())
+        return True
 
     def _next(self) -> tuple[Cohort, Cohort | None]:
         """Whose turn it is, and who is taken in; those that wait for others are passed over."""
