@@ -209,7 +209,8 @@ class LongWork:
             out_of_memory = is_out_of_memory(error)
             self._outcomes.fault(cohort.jobs, error, out_of_memory=out_of_memory)
         else:
-            self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
+            if cohort.boundary is None:  # coming to one is no work
+                self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
             if not done:
                 self._cohorts.rotate(-1)
                 return

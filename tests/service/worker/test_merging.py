@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,18 @@ def test_the_wait_is_for_a_block_at_most(tiny: LoadedModel) -> None:
     until(second, "blocks", 1)
     assert not meetings.waits(first, everyone)
     assert meetings.partner(first, everyone) is second
+
+
+def test_a_job_that_was_lost_before_goes_alone(tiny: LoadedModel) -> None:
+    """It may be what its worker died of: others must not be in its batch."""
+    desk, together = Desk(tiny), set[tuple[str, ...]]()
+    desk.add(sample("a", tiny, [1], 0), replace(sample("b", tiny, [2], 0), attempt=2))
+    desk.add(sample("c", tiny, [3], 0))
+    while desk.long.turn():
+        together.update(tuple(sorted(job.id for job in cohort.jobs)) for cohort in desk.long.cohorts)
+    assert ("b",) in together
+    assert ("a", "c") in together
+    assert all(jobs == ("b",) for jobs in together if "b" in jobs)
 
 
 @settings(deadline=None, max_examples=12)
