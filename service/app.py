@@ -14,6 +14,7 @@ from service.api.observing import BodyLimit, BodyLimits, Observing
 from service.broker.base import Broker
 from service.calibrations import CalibrationStore
 from service.calibrator import Calibrator
+from service.drain import Drain, Draining
 from service.drift import Drift
 from service.metrics import ServiceMetrics
 from service.pending import PendingStore
@@ -36,14 +37,15 @@ def create_app(
     broker: Broker,
     *,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
-    draining: Callable[[], bool] = lambda: False,
+    drain: Drain | None = None,
     restarts: Callable[[], int] = lambda: 0,
 ) -> FastAPI:
     """Build the app over a broker.
 
-    ``lifespan`` starts and stops what runs beside it; ``draining`` and ``restarts`` report on that. Calibrations that
-    an earlier process accepted go on within it.
+    ``lifespan`` starts and stops what runs beside it, and ``restarts`` reports on that; ``drain`` lets the process
+    leave in order. Calibrations that an earlier process accepted go on within the lifespan.
     """
+    drain = drain or Drain()
     store, drift = CalibrationStore(settings.state), Drift(settings.drift_window)
     calibrator = Calibrator(
         broker, store, PendingStore(settings.state), batch_rows=settings.batch_rows, changed=drift.forget
@@ -69,12 +71,13 @@ def create_app(
     app.state.calibrations, app.state.calibrator, app.state.drift = store, calibrator, drift
     app.state.metrics = ServiceMetrics(drift)
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)
-    app.state.draining, app.state.restarts = draining, restarts
+    app.state.drain, app.state.restarts = drain, restarts
     for part in (sampling, scoring, classifying, calibrating, models, health):
         app.include_router(part.router)
     envelope.install(app)
     # Inside of Observing, which answers in the envelope where FastAPI's own limit would not.
     limits = BodyLimits(settings.max_body_bytes, {calibrating.PATH: settings.max_calibration_bytes})
     app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(Draining, drain=drain)
     app.add_middleware(Observing, metrics=app.state.metrics, limits=limits)
     return app

@@ -80,6 +80,13 @@ EXIT_UNUSABLE = 3
 EXIT_DEVICE_LOST = 5
 """Exit status of a worker whose device failed for good, as after an illegal memory access on a GPU."""
 
+EXIT_STUCK = 4
+"""Exit status of a worker that ended itself because its inference loop was not heard any more."""
+
+REDIS_VARIABLE = "TARFLOW_REDIS"
+"""Environment variable in which a worker finds its Redis: a URL may hold a password, and every user of a host sees the
+arguments of its processes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

@@ -26,6 +26,8 @@ from model.anomaly.conformal import smallest_alpha
 from model.anomaly.detector import FEWEST_IMAGES, SCORES, Detector
 from model.anomaly.features import Statistics
 from model.anomaly.maps import MapScale
+from model.anomaly.normals import distinct
+from model.anomaly.rounding import raised
 
 FORMAT_VERSION = 1
 DEFAULT_ALPHA = 0.01
@@ -82,7 +84,7 @@ class Calibration:
     record: CalibrationRecord
     detector: Detector
     sorted_scores: Mapping[str, Floats]
-    """Scores of the calibration images by name, sorted, (m,) each."""
+    """Scores of the calibration images by name, raised above what rounding may do to them, sorted, (m,) each."""
     maps: MapScale
 
     @cached_property
@@ -177,9 +179,12 @@ def calibrate(
     """Make a calibration of normal images' statistics, residuals included, and their pixels (N, C, H, W).
 
     ``record`` holds the fields of :class:`CalibrationRecord` that are not counted here. The images are split at random,
-    by ``order_seed``, since files often come in some order. Raises ``ValueError`` for too few images, and for one that
-    the model has no finite statistics of.
+    by ``order_seed``, since files often come in some order; exact copies count once. Raises ``ValueError`` for too few
+    different images, and for one that the model has no finite statistics of.
     """
+    kept = distinct(pixels)
+    if len(kept) < len(pixels):
+        statistics, pixels = _take(statistics, kept), pixels[kept]
     fit_size, calibration_size = split_sizes(len(pixels))
     for name, values in statistics.items():
         finite_N = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
@@ -200,7 +205,7 @@ def calibrate(
         num_calibration=calibration_size,
         codec_fingerprint=tuple(tuple(lengths) for lengths in fingerprint(channels, size)),
     )
-    return Calibration(complete, detector, {name: np.sort(values) for name, values in scores.items()}, maps)
+    return Calibration(complete, detector, {name: raised(np.sort(values)) for name, values in scores.items()}, maps)
 
 
 def _take(statistics: Statistics, index: NDArray[np.int64]) -> Statistics:

@@ -27,6 +27,7 @@ from model.anomaly.features import (
 )
 from model.anomaly.gaussian import MAD_TO_STD, ShrunkGaussian, robust_scale
 from model.anomaly.mixture import GaussianMixture
+from model.anomaly.rounding import CONSTANT, rounding
 from model.anomaly.tail import Tail
 
 Floats = NDArray[np.float64]
@@ -40,6 +41,8 @@ SUMMARY_WEIGHT, COMPLEXITY_WEIGHT, LATENT_WEIGHT = 0.5, 0.6, 0.3
 FOLDS = 5
 TOP_PATCHES = 0.1
 """Share of the patches, the most remarkable ones, that ``max_patch`` is the mean of."""
+LEAST_SPREAD = 0.05
+"""Of the distances from a Gaussian, which are about one: those of images that are nearly the same have no spread."""
 FEWEST_IMAGES = 10
 """Images without which nothing can be fitted."""
 
@@ -82,6 +85,7 @@ class Detector:
             name: _left_out(values, lambda part: ShrunkGaussian.fit(part).distance) for name, values in groups.items()
         }
         shape_scale = np.stack([np.array(robust_scale(left_out[name])) for name in groups])
+        shape_scale[:, 1] = np.maximum(shape_scale[:, 1], LEAST_SPREAD)
         patch_center_T, patch_scale_T = _patch_scale(statistics["patch_nll"])
         return cls(
             patches=ShrunkGaussian.fit(groups["patches"]),
@@ -161,4 +165,4 @@ def _patch_scale(patch_nll_BT: NDArray[np.float32]) -> tuple[Floats, Floats]:
     values = patch_nll_BT.astype(np.float64)
     center_T = np.median(values, axis=0)
     mad_T = np.median(np.abs(values - center_T), axis=0)
-    return center_T, np.maximum(np.maximum(MAD_TO_STD * mad_T, 0.05 * np.median(mad_T)), 1e-6)
+    return center_T, np.maximum(np.maximum(MAD_TO_STD * mad_T, 0.05 * np.median(mad_T)), CONSTANT * rounding(center_T))

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from model.anomaly.rounding import CONSTANT, rounding
+
 Floats = NDArray[np.float64]
 
 MAD_TO_STD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 LEAST_SCALE = 0.1
 """A scale is at least this share of the standard deviation: features that are mostly constant have no spread else."""
-ROUNDING = 1e-5
-"""Statistics are float32 and differ in their last digits from batch to batch and from device to device: what is
-constant but for that has a scale of this share of itself."""
 LEAST_VARIANCE = 1e-4
-"""Of any direction of scaled features, for the same reason."""
+"""Of any direction of scaled features: where features depend on each other, only rounding is left of them."""
 FAR = 20.0
 """Scaled features are cut off here; one wild value must not hide what the others say."""
 MOST_DIRECTIONS = 256
@@ -32,11 +31,12 @@ MOST_DIRECTIONS = 256
 
 
 def robust_scale(values_NF: ArrayLike) -> tuple[Floats, Floats]:
-    """Median (F,) and scale (F,): 1.4826 · MAD, with a floor that is above zero."""
+    """Median (F,) and scale (F,): 1.4826 · MAD, with a floor that is far above rounding for what is constant."""
     values = np.asarray(values_NF, np.float64)
     center = np.median(values, axis=0)
     spread = MAD_TO_STD * np.median(np.abs(values - center), axis=0)
-    return center, np.maximum(spread, LEAST_SCALE * values.std(axis=0)) + ROUNDING * (1 + np.abs(center))
+    spread = np.maximum(spread, LEAST_SCALE * values.std(axis=0))
+    return center, np.where(spread > rounding(center), spread + rounding(center), CONSTANT * rounding(center))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.anomaly.features import Statistics, as_square
+from model.anomaly.rounding import raised
 
 if TYPE_CHECKING:
     from model.anomaly.detector import Detector
@@ -77,7 +78,7 @@ class MapScale:
         Of m of them the ⌈0.95 (m + 1)⌉-th smallest peak, or the largest for fewer than 19: a further normal image
         exceeds it with a probability of at most 5%, or of 1/(m + 1), as a conformal p-value has it.
         """
-        peaks_B = np.sort(self.maps(statistics, detector).max(axis=(1, 2)))
+        peaks_B = raised(np.sort(self.maps(statistics, detector).max(axis=(1, 2))))
         rank = min(len(peaks_B), math.ceil(NORMAL_SHARE * (len(peaks_B) + 1)))
         return replace(self, threshold=float(np.float32(peaks_B[rank - 1])))
 

@@ -99,8 +99,7 @@ async def test_without_a_worker_there_is_503(models: Path) -> None:
 
 async def test_draining_is_503(models: Path) -> None:
     app = make(models)
-    app.state.broker.drain()
-    app.state.draining = lambda: True
+    app.state.drain.begin()
     async with connect(app) as client:
         response = await client.post("/v1/sample", json={})
         assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")

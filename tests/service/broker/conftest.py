@@ -14,9 +14,14 @@ import pytest
 from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
 from service.broker.base import Broker, Held, Limits, Orders, WorkerBroker
 from service.broker.memory import MemoryBroker
+from service.broker.redis.api import RedisBroker
+from service.broker.redis.worker import RedisWorkerBroker
 from service.broker.socket import BrokerServer, SocketWorkerBroker
 from service.errors import ServiceError
 from service.jobs import Job, JobResult, Lane, ModelInfo, Op, WorkerInfo
+from tests.service.broker.redis_server import RedisServer, redis_server, shared_redis
+
+__all__ = ["redis_server", "shared_redis"]
 
 FLOW = FlowConfig(image_size=4, channels=1, patch_size=2, width=64, num_blocks=2, layers_per_block=1)
 
@@ -168,6 +173,46 @@ class MemoryBench:
             await self._server.stop()
 
 
+class RedisBench:
+    """A real Redis, an API process's face of it, and workers with connections of their own."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self._url = server.url
+        self._server = server
+        self._faces: list[RedisWorkerBroker] = []
+        self._limits = AMPLE
+        self.broker = RedisBroker(self._url, AMPLE)
+
+    async def open(self, **limits: float) -> RedisBroker:
+        """Start over with other limits and an empty Redis."""
+        await self.close()
+        with self._server.client() as client:
+            client.flushall()
+        self._limits = replace(AMPLE, **limits)  # type: ignore[arg-type]
+        self.broker = RedisBroker(self._url, self._limits)
+        await self.broker.start()
+        return self.broker
+
+    async def worker(self, worker_id: str = "w1", models: Sequence[str] = ("m",)) -> Worker:
+        """A registered worker."""
+        face = RedisWorkerBroker(self._url, worker_id, self._limits)
+        self._faces.append(face)
+        worker = ThreadWorker(self.broker, face, worker_id)
+        await worker.register(info(worker_id, models))
+        return worker
+
+    async def sweep(self) -> None:
+        """What happens by itself after a while."""
+        await self.broker.sweep(every=0)
+
+    async def close(self) -> None:
+        """End all connections."""
+        for face in self._faces:
+            await asyncio.to_thread(face.close)
+        self._faces = []
+        await self.broker.close()
+
+
 class Bench(Protocol):
     """What the contract's tests need of every kind of broker."""
 
@@ -179,10 +224,14 @@ class Bench(Protocol):
     async def close(self) -> None: ...
 
 
-@pytest.fixture(params=["local", "socket"])
+@pytest.fixture(params=["local", "socket", "redis"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     """A broker with ample limits."""
-    bench = MemoryBench(tmp_path / "broker.sock" if request.param == "socket" else None)
+    bench: Bench
+    if request.param == "redis":
+        bench = RedisBench(request.getfixturevalue("redis_server"))
+    else:
+        bench = MemoryBench(tmp_path / "broker.sock" if request.param == "socket" else None)
     await bench.open()
     yield bench
     await bench.close()

@@ -1,0 +1,28 @@
+"""The Lua scripts: each is the common beginning and one file of an operation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+_BEGINNING = ("common", "fairness", "lifecycle")
+_ADMITTING = frozenset({"check", "submit"})
+
+
+@dataclass(frozen=True)
+class Script:
+    """One operation, atomic in Redis."""
+
+    source: str
+    sha: str
+
+
+@cache
+def script(name: str) -> Script:
+    """The operation's script; a Redis that does not know its digest is sent the source."""
+    lua = files("service.broker.redis") / "lua"
+    parts = (*_BEGINNING, *(("admission",) if name in _ADMITTING else ()), name)
+    source = "\n".join((lua / f"{part}.lua").read_text("utf-8") for part in parts)
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
