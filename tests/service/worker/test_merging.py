@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.bundle import read_bundle
+from model.sampling.plan import CostProfile, PassCost
 from service.jobs import Job
 from service.worker.cohort import Cohort
 from service.worker.loading import LoadedModel
 from service.worker.parts import Part
 from service.worker.scoring import Arrays
+from tests.service.worker.benches import decode
 from tests.service.worker.desks import Desk, alone
 from tests.service.worker.test_cohort import sample
 
@@ -123,6 +125,27 @@ def test_what_was_exact_stays_exact(tiny: LoadedModel) -> None:
         until(cohort, "blocks", 1)
     first.join(second)
     assert all(np.isnan(arrays["backward_error"]).all() for arrays in run(first).values())
+
+
+def test_the_rest_is_planned_anew_for_the_rows_of_both(models: Path) -> None:
+    """Here one row is iterated and two are decoded patch by patch; both keep their certificates."""
+    model = LoadedModel.load(read_bundle(models / "tiny-vp"), torch.device("cpu"))
+    patches = model.flow.config.num_patches
+    seconds = {(1, 1): 1e-3, (2, 1): 1e-3, (1, patches): 1e-4, (2, patches): 1.0}
+    model.sampler.costs = CostProfile(
+        [PassCost(rows=rows, patches=n, seconds=time, threads=1) for (rows, n), time in seconds.items()]
+    )
+    jobs = [decode(name, seed=n) for n, name in enumerate("ab")]
+    first, second = (Cohort(model, [Part.whole(job)]) for job in jobs)
+    for cohort in (first, second):
+        until(cohort, "blocks", 1)
+    assert not first.join(second)
+    results = run(first)
+    for part, job in zip(first.parts, jobs, strict=True):
+        begun, then = first.plan_of(part)
+        assert (begun.split("/")[0], then) == ("jacobi", "sequential")
+        assert results[job.id]["backward_error"].max() <= 1e-3
+        np.testing.assert_allclose(results[job.id]["images"], alone(model, job)["images"], atol=2e-3)
 
 
 # Who waits for whom.
