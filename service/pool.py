@@ -22,6 +22,8 @@ STABLE_SECONDS = 60.0
 """A worker that lived this long starts its successor without the delay that failures have built up."""
 STOP_SECONDS = 10.0
 """What a worker that was asked to leave gets beyond its grace period."""
+WORKER: tuple[str, ...] = ("service.worker",)
+"""Module of the worker process."""
 ALL_DEVICES = ("auto", "cuda", "all")
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")
@@ -141,7 +143,7 @@ class Pool:
     def _command(self, index: int, worker_id: str, device: str) -> list[str]:
         settings = self._settings
         return [
-            *(sys.executable, "-m", "service.worker"),
+            *(sys.executable, "-m", *WORKER),
             *("--id", worker_id),
             *self._connection,
             *("--models", str(settings.models)),

@@ -105,7 +105,7 @@ class ComputeSettings(SharedSettings):
     )
     threads: int = Field(0, ge=0, description="CPU threads of a worker; 0 divides the cores among the workers.")
     model_memory: int = Field(
-        0, ge=0, description="Most bytes of weights of a worker; 0 for no limit. What does not fit is not served."
+        0, ge=0, description="Most bytes of weights that a worker holds; what is beyond is not served. 0 for no limit."
     )
     cohorts: int = Field(4, ge=1, description="Most sampling batches in flight at once.")
     batch_wait_ms: float = Field(

@@ -64,12 +64,13 @@ def _leave_with_the_supervisor() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _connect(options: argparse.Namespace) -> WorkerBroker:
+def _connect(options: argparse.Namespace, watchdog: Watchdog) -> WorkerBroker:
     if options.redis:
         from service.broker.redis.worker import RedisWorkerBroker
 
         url, limits = os.environ[REDIS_VARIABLE], Limits(**options.limits)
-        return RedisWorkerBroker(url, options.id, limits, prefix=options.redis_prefix)
+        # Who waits for Redis is not stuck.
+        return RedisWorkerBroker(url, options.id, limits, prefix=options.redis_prefix, waiting=watchdog.alive)
     from service.broker.socket import SocketWorkerBroker
 
     return SocketWorkerBroker(options.socket)
@@ -99,7 +100,7 @@ def main() -> int:
         return EXIT_UNUSABLE
     watchdog = Watchdog(options.slice_limit_seconds)
     try:
-        broker = _connect(options)
+        broker = _connect(options, watchdog)
         engine = Engine(
             broker,
             models,

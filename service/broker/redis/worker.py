@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -39,7 +39,17 @@ class _Away(Exception):
 class RedisWorkerBroker(WorkerBroker):
     """One connection; outages of Redis are waited for."""
 
-    def __init__(self, url: str, worker_id: str, limits: Limits, *, prefix: str = "tarflow") -> None:
+    def __init__(
+        self,
+        url: str,
+        worker_id: str,
+        limits: Limits,
+        *,
+        prefix: str = "tarflow",
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``waiting`` is called again and again while an outcome waits for Redis."""
+        self._waiting = waiting
         self._url, self._id, self._limits, self._keys = url, worker_id, limits, Keys(prefix)
         # Another process of the same name is another owner.
         self._owner = f"{worker_id}/{uuid.uuid4().hex}"
@@ -221,6 +231,7 @@ class RedisWorkerBroker(WorkerBroker):
             except _Away:
                 if self._closed:
                     return None
+                self._waiting()
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             else:
