@@ -48,7 +48,12 @@ def create_app(
     drain = drain or Drain()
     store, drift = CalibrationStore(settings.state), Drift(settings.drift_window)
     calibrator = Calibrator(
-        broker, store, PendingStore(settings.state), batch_rows=settings.batch_rows, changed=drift.forget
+        broker,
+        store,
+        PendingStore(settings.state),
+        batch_rows=settings.batch_rows,
+        most=settings.max_calibrations,
+        changed=drift.forget,
     )
 
     @asynccontextmanager

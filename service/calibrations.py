@@ -87,8 +87,13 @@ class CalibrationStore:
         path = self._path(model.name, calibration.record.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_bytes(calibration.to_bytes())
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(calibration.to_bytes())
+            temporary.replace(path)
+        except OSError:
+            # On a full disk what is half written must not stay.
+            temporary.unlink(missing_ok=True)
+            raise
         self._forget(path)
 
     def delete(self, model: ModelInfo, name: str) -> None:
@@ -115,7 +120,7 @@ class CalibrationStore:
         own = self._own(model)
         if own is not None:
             yield Stored(OWN, own)
-        for path in sorted((self._directory / model.name).glob(f"[!.]*{SUFFIX}")):
+        for path in sorted(self._paths(model.name)):
             name = path.name.removesuffix(SUFFIX)
             try:
                 calibration = self._read(path)
@@ -136,6 +141,17 @@ class CalibrationStore:
             code="calibration_not_found",
         )
 
+    def names(self, model: ModelInfo) -> set[str]:
+        """Of every file that is kept for a model of this name, usable or not; the bundle's own has none."""
+        return {path.name.removesuffix(SUFFIX) for path in self._paths(model.name)}
+
+    def is_current(self, model: ModelInfo, name: str, calibration: Calibration) -> bool:
+        """Whether this very calibration is what the name stands for now: it was not deleted or replaced meanwhile."""
+        try:
+            return (self._own(model) if name == OWN else self._read(self._path(model.name, name))) is calibration
+        except (CalibrationError, OSError):
+            return False
+
     def holds(self, model: ModelInfo, name: str) -> bool:
         """Whether there is a file of this name, usable or not."""
         return self._path(model.name, name).exists()
@@ -153,6 +169,9 @@ class CalibrationStore:
             if key not in self._known:
                 self._known[key] = (0, 0), Calibration.from_bytes(model.calibration, f"calibration of {model.name}")
             return self._known[key][1]
+
+    def _paths(self, model: str) -> Iterator[Path]:
+        return (self._directory / model).glob(f"[!.]*{SUFFIX}")
 
     def _path(self, model: str, name: str) -> Path:
         if not is_name(name):

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import anyio
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.anomaly.calibration import calibrate
-from model.anomaly.features import Statistics, concatenate
+from model.anomaly.features import Statistics
 from service.broker.base import Broker, Terms
 from service.calibrations import CalibrationStore
 from service.errors import Conflict, InternalError, Overloaded, ServiceError, Unavailable
@@ -37,7 +38,13 @@ PATIENCE_SECONDS = 86_400.0
 FIRST_DELAY, LONGEST_DELAY = 0.25, 5.0
 """Seconds between two attempts to submit while the queue is full or no worker is ready."""
 MOST_VALUES = 2**27
-"""Pixel values of all images of a calibration; their statistics are in memory together, at about 30 bytes each."""
+"""Pixel values of all images of a calibration. What is made of them takes 10 to 20 bytes of memory for each."""
+MOST_ATTEMPTS = 3
+"""How often the service may end, without being asked to, while it makes a calibration; then it makes it no more."""
+
+
+class _Replaced(Exception):
+    """The model is another than the one that statistics were computed with."""
 
 
 @dataclass
@@ -72,11 +79,12 @@ class Calibrator:
         pending: PendingStore,
         *,
         batch_rows: int,
+        most: int,
         changed: Callable[[str, str], None],
     ) -> None:
-        """``changed`` is called with model and name when a calibration is another, or gone."""
+        """``most`` is that of one model; ``changed`` is told model and name when a calibration is another, or gone."""
         self._broker, self._store, self._pending = broker, store, pending
-        self._batch_rows, self._changed = batch_rows, changed
+        self._batch_rows, self._most, self._changed = batch_rows, most, changed
         self._runs: dict[tuple[str, str], Run] = {}
         self._turn, self._changing = asyncio.Lock(), asyncio.Lock()
 
@@ -99,7 +107,7 @@ class Calibrator:
         return [self._runs[key] for key in sorted(self._runs) if key[0] == model]
 
     async def check(self, model: ModelInfo, name: str, *, replace: bool) -> None:
-        """Raise :class:`~service.errors.Conflict` when the name is taken; a failed run takes none."""
+        """Raise :class:`~service.errors.Conflict` when the name is taken, which a failed run does not, or all are."""
         run = self.run_of(model.name, name)
         running = run is not None and run.pending.error is None
         if not replace and (running or await asyncio.to_thread(self._store.holds, model, name)):
@@ -108,6 +116,16 @@ class Calibrator:
                 "it, choose another name, or send replace=true",
                 param="name",
                 code="calibration_exists",
+            )
+        # The runs first: one that is finished meanwhile is then counted as a file, or twice under one name.
+        names = {other.pending.name for other in self.runs(model.name)}
+        names |= await asyncio.to_thread(self._store.names, model)
+        if name not in names and len(names) >= self._most:
+            raise Conflict(
+                f"name: model {model.name!r} has {len(names)} calibrations, allowed are {self._most} "
+                "(max_calibrations); delete one, or replace one by its name with replace=true",
+                param="name",
+                code="too_many_calibrations",
             )
 
     async def submit(
@@ -119,31 +137,42 @@ class Calibrator:
         """
         async with self._changing:
             await self.check(model, pending.name, replace=replace)
-            if (run := self.run_of(model.name, pending.name)) is not None:
-                await run.cancel()
-            try:
-                await asyncio.to_thread(self._pending.save, pending, pixels)
-            except OSError as error:
-                log.exception("the state directory cannot be written")
+            run = self.run_of(model.name, pending.name)
+            with self._writing("the images cannot be kept", run):
+                arriving = await asyncio.to_thread(self._pending.write, pending, pixels)
                 if run is not None:
-                    self._begin(run.pending)
-                raise InternalError(
-                    f"the images cannot be kept ({error.strerror}); the setting 'state' names their directory",
-                    code="state_unwritable",
-                ) from error
+                    await run.cancel()
+                await asyncio.to_thread(self._pending.place, pending, arriving)
             return self._begin(pending)
 
     async def delete(self, model: ModelInfo, name: str) -> None:
         """Forget everything of this name, finished or not; raises ``NotFound``, or as the store does."""
         async with self._changing:
             run = self.run_of(model.name, name)
-            if run is not None:
-                await run.cancel()
-                await asyncio.to_thread(self._pending.remove, run.pending)
-                self._runs.pop((model.name, name), None)
-            if run is None or await asyncio.to_thread(self._store.holds, model, name):
-                await asyncio.to_thread(self._store.delete, model, name)
+            with self._writing("the calibration cannot be deleted", run):
+                if run is not None:
+                    await run.cancel()
+                    await asyncio.to_thread(self._pending.remove, run.pending)
+                    self._runs.pop((model.name, name), None)
+                if run is None or await asyncio.to_thread(self._store.holds, model, name):
+                    await asyncio.to_thread(self._store.delete, model, name)
             self._changed(model.name, name)
+
+    @contextmanager
+    def _writing(self, failure: str, run: Run | None) -> Iterator[None]:
+        """Tell that the state cannot be written, and go on with a run that was canceled in vain."""
+        try:
+            yield
+        except BaseException as error:
+            # One that was finished before it could be canceled is no longer among the runs.
+            if run is not None and run.scope.cancel_called and run is self.run_of(run.pending.model, run.pending.name):
+                self._begin(run.pending)
+            if isinstance(error, OSError):
+                log.exception("the state directory cannot be written")
+                raise InternalError(
+                    f"{failure} ({error.strerror}); the setting 'state' names their directory", code="state_unwritable"
+                ) from error
+            raise
 
     def _begin(self, pending: Pending) -> Run:
         run = self._runs[pending.model, pending.name] = Run(pending)
@@ -154,9 +183,8 @@ class Calibrator:
     async def _work(self, run: Run) -> None:
         with run.scope:
             try:
-                model = await self._served(run.pending.model)
-                async with self._turn:
-                    await self._make(run, model)
+                while not await self._attempt(run):
+                    log.info("the model of calibration %s was replaced: it is begun anew", run.pending.name)
             except ServiceError as error:
                 self._interrupt(run, error)
             except (ValueError, np.linalg.LinAlgError) as error:
@@ -168,16 +196,48 @@ class Calibrator:
                 log.exception("calibration %s of %s failed", run.pending.name, run.pending.model)
                 self._interrupt(run, InternalError("an internal error; the service's log has the details"))
 
+    async def _attempt(self, run: Run) -> bool:
+        """Make it when it is its turn; whether it ended, and need not begin anew with the model that is served now."""
+        await self._wait_until_served(run.pending.model)
+        async with self._turn:
+            # In its turn, which may have come hours later.
+            model = await self._model(run.pending.model)
+            if model is None:
+                return False
+            crashes = await anyio.to_thread.run_sync(self._pending.begin, run.pending)
+            try:
+                if crashes >= MOST_ATTEMPTS:
+                    message = (
+                        f"given up: the service ended {crashes} times while it made this, perhaps for lack of memory; "
+                        "send fewer images"
+                    )
+                    await self._fail(run, InternalError(message, code="calibration_crashed"))
+                else:
+                    await self._make(run, model)
+            except _Replaced:
+                return False
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(self._pending.end, run.pending, crashes)
+        return True
+
     async def _make(self, run: Run, model: ModelInfo) -> None:
         pending = run.pending
         pixels = await anyio.to_thread.run_sync(self._pending.images, pending)
         expected = (model.flow.channels, model.flow.image_size, model.flow.image_size)
         if pixels.shape[1:] != expected:
             raise ValueError(f"the images were fitted to (C, H, W) = {pixels.shape[1:]}, the model now has {expected}")
-        parts = []
+        run.done = 0
+        # In place: parts that are put together in the end would need twice the memory.
+        statistics: Statistics = {}
         for start in range(0, len(pixels), self._batch_rows):
             batch = np.array(pixels[start : start + self._batch_rows])
-            parts.append(await self._statistics(model, batch, pending.seed))
+            part = await self._statistics(model, batch, pending.seed)
+            await self._check_unchanged(model)
+            if not statistics:
+                statistics = {name: np.empty((len(pixels), *a.shape[1:]), a.dtype) for name, a in part.items()}
+            for name, values in statistics.items():
+                values[start : start + len(batch)] = part[name]
             run.done = start + len(batch)
         record = {
             "name": pending.name,
@@ -190,8 +250,9 @@ class Calibrator:
         }
         # Abandoned when it is canceled: only its result would be kept.
         calibration = await anyio.to_thread.run_sync(
-            lambda: calibrate(concatenate(parts), pixels, record), abandon_on_cancel=True
+            lambda: calibrate(statistics, pixels, record), abandon_on_cancel=True
         )
+        await self._check_unchanged(model)
 
         def keep() -> None:
             self._store.save(model, calibration)
@@ -241,13 +302,26 @@ class Calibrator:
                 # An ended job is unknown to the broker, and nothing happens.
                 await self._broker.cancel(job.id)
 
-    async def _served(self, name: str) -> ModelInfo:
-        """The model, as soon as it is served: images of a model that is not served for now are kept."""
-        while True:
-            for model in await self._broker.models():
-                if model.name == name:
-                    return model
+    async def _wait_until_served(self, name: str) -> None:
+        """Images of a model that is not served for now are kept."""
+        while await self._model(name) is None:  # noqa: ASYNC110 - the broker tells no events
             await anyio.sleep(LONGEST_DELAY)
+
+    async def _model(self, name: str) -> ModelInfo | None:
+        """The model as it is served now, if it is; raises ``InternalError`` when workers have different weights."""
+        model = next((model for model in await self._broker.models() if model.name == name), None)
+        served = {m.model_id for worker in await self._broker.workers() for m in worker.info.models if m.name == name}
+        if model is not None and served - {model.model_id}:
+            raise InternalError(
+                f"workers serve different weights of model {name!r}; restart the service", code="model_replaced"
+            )
+        return model
+
+    async def _check_unchanged(self, model: ModelInfo) -> None:
+        """Raise ``_Replaced`` when other weights may have computed what a job gave."""
+        now = await self._model(model.name)
+        if now is None or now.model_id != model.model_id:
+            raise _Replaced
 
     @staticmethod
     def _interrupt(run: Run, error: ServiceError) -> None:

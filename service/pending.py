@@ -2,6 +2,7 @@
 
     STATE/calibrations/MODEL/.pending/NAME/images.npy   pixels (N, C, H, W) uint8, fitted to the model
     STATE/calibrations/MODEL/.pending/NAME/job.json     everything else; with an error once it has failed
+    STATE/calibrations/MODEL/.pending/NAME/attempts     how often the service ended while it made this
 
 A directory appears and disappears whole, by renaming. Everything here blocks, so it is called in threads.
 """
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = ".pending"
 """No calibration can have this name."""
-IMAGES, JOB = "images.npy", "job.json"
+IMAGES, JOB, ATTEMPTS = "images.npy", "job.json", "attempts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +63,57 @@ class PendingStore:
 
     def save(self, pending: Pending, pixels: NDArray[np.uint8]) -> None:
         """Keep a job and its images (N, C, H, W) in place of whatever has this name."""
-        target = self._path(pending)
-        arriving = self._aside(target)
-        arriving.mkdir(parents=True)
+        self.place(pending, self.write(pending, pixels))
+
+    def write(self, pending: Pending, pixels: NDArray[np.uint8]) -> Path:
+        """Write a job and its images (N, C, H, W) beside what has this name; they count when they are placed."""
+        arriving = self._aside(self._path(pending))
         try:
+            arriving.mkdir(parents=True)
             np.save(arriving / IMAGES, pixels, allow_pickle=False)
             _write(arriving, pending)
-            self.remove(pending)
-            arriving.rename(target)
         except OSError:
             shutil.rmtree(arriving, ignore_errors=True)
             raise
+        return arriving
+
+    def place(self, pending: Pending, arriving: Path) -> None:
+        """Put what was written in place of whatever has this name, which stays if that fails."""
+        target = self._path(pending)
+        leaving = self._aside(target)
+        try:
+            if held := target.exists():
+                target.rename(leaving)
+            try:
+                arriving.rename(target)
+            except OSError:
+                if held:
+                    leaving.rename(target)
+                raise
+        except OSError:
+            shutil.rmtree(arriving, ignore_errors=True)
+            raise
+        shutil.rmtree(leaving, ignore_errors=True)
+
+    def begin(self, pending: Pending) -> int:
+        """Note that work on it begins; returns how often it began before and never ended: a process died of it."""
+        directory = self._path(pending)
+        try:
+            before = int((directory / ATTEMPTS).read_text())
+        except (FileNotFoundError, ValueError):
+            before = 0
+        _count(directory, before + 1)
+        return before
+
+    def end(self, pending: Pending, before: int) -> None:
+        """Note that work on it ended, in whatever way but with the process; ``before`` is what it began with."""
+        try:
+            _count(self._path(pending), before)
+        except FileNotFoundError:
+            # It was finished, and is forgotten.
+            pass
+        except OSError:
+            log.exception("that work on calibration %s ended could not be noted", pending.name)
 
     def images(self, pending: Pending) -> NDArray[np.uint8]:
         """The images (N, C, H, W), read as they are used; ``ValueError`` or ``OSError`` for a damaged file."""
@@ -119,6 +160,12 @@ class PendingStore:
     def _aside(path: Path) -> Path:
         """A path beside another, with a name that no calibration can have."""
         return path.with_name(f".{secrets.token_hex(8)}")
+
+
+def _count(directory: Path, attempts: int) -> None:
+    temporary = directory / f".{ATTEMPTS}"
+    temporary.write_text(str(attempts))
+    temporary.replace(directory / ATTEMPTS)
 
 
 def _write(directory: Path, pending: Pending) -> None:

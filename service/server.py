@@ -25,6 +25,7 @@ from service.drain import Drain
 from service.jobs import ModelInfo
 from service.pool import Pool
 from service.settings import ApiSettings, ServeSettings, Settings
+from service.state import claimed
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.1
@@ -133,7 +134,8 @@ def serve(settings: ServeSettings) -> None:
     _log_to_stderr(settings)
     with tempfile.TemporaryDirectory(prefix="tarflow-") as directory:
         app, drain, pool = build(settings, Path(directory) / "broker.sock")
-        _run(settings, app, drain, lambda: pool.unusable)
+        with claimed(settings.state):
+            _run(settings, app, drain, lambda: pool.unusable)
     if pool.unusable:
         raise ValueError("a worker cannot start; its last line in the log says why")
 

@@ -181,22 +181,22 @@ def calibrate(
     ``record`` holds the fields of :class:`CalibrationRecord` that are not counted here. The images are split at random,
     by ``order_seed``, since files often come in some order; exact copies count once. Raises ``ValueError`` for too few
     different images, and for one that the model has no finite statistics of.
+
+    The statistics are the most of the memory that it takes: of the residual, their largest, nothing is copied.
     """
     kept = distinct(pixels)
-    if len(kept) < len(pixels):
-        statistics, pixels = _take(statistics, kept), pixels[kept]
-    fit_size, calibration_size = split_sizes(len(pixels))
+    fit_size, calibration_size = split_sizes(len(kept))
     for name, values in statistics.items():
-        finite_N = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        finite_N = np.array([np.isfinite(row).all() for row in values])
         if not finite_N.all():
             raise ValueError(f"normal images: the model gives image {int(finite_N.argmin())} no finite {name}")
-    order = np.random.Generator(np.random.Philox(key=[order_seed, 0])).permutation(len(pixels))
-    fit, rest = np.sort(order[:fit_size]), np.sort(order[fit_size:])
+    order = np.random.Generator(np.random.Philox(key=[order_seed, 0])).permutation(len(kept))
+    fit, rest = np.sort(kept[order[:fit_size]]), np.sort(kept[order[fit_size:]])
     codes = code_lengths(pixels)
     # What is served is what was stored: the scores are those of the rounded arrays.
     detector = unflatten(Detector, flatten(Detector.fit(_take(statistics, fit), codes[fit])))
-    maps = unflatten(MapScale, flatten(MapScale.fit(_take(statistics, fit), detector, pixels.shape)))
-    maps = maps.with_threshold(_take(statistics, rest), detector)
+    maps = unflatten(MapScale, flatten(MapScale.fit(statistics, fit, detector, pixels.shape)))
+    maps = maps.with_threshold(statistics, rest, detector)
     scores = detector.scores(_take(statistics, rest), codes[rest])
     _, channels, size, _ = pixels.shape
     complete = CalibrationRecord(
@@ -209,4 +209,5 @@ def calibrate(
 
 
 def _take(statistics: Statistics, index: NDArray[np.int64]) -> Statistics:
-    return {name: values[index] for name, values in statistics.items()}
+    """What the detector looks at, of some of the images."""
+    return {name: values[index] for name, values in statistics.items() if name != "residual"}

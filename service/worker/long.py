@@ -75,6 +75,11 @@ class LongWork:
         yield from (part for load in self._loads for part in load.parts)
 
     @property
+    def cohorts(self) -> Sequence[Cohort]:
+        """Those in flight, the one whose turn is next first."""
+        return tuple(self._cohorts)
+
+    @property
     def jobs(self) -> list[Job]:
         """All jobs that are not finished, once each."""
         return list({part.job.id: part.job for part in self.parts}.values())
@@ -165,12 +170,17 @@ class LongWork:
     def run(self, seconds: float) -> None:
         """Advance cohorts in turn for so long, or until all are finished."""
         until = time.perf_counter() + seconds
-        while True:
-            self._start()
-            if not self._cohorts or time.perf_counter() >= until:
-                return
-            self._alive()
-            self._slice(self._next())
+        while self.turn() and time.perf_counter() < until:
+            pass
+
+    def turn(self) -> bool:
+        """Advance one cohort by one slice; ``False`` when there is nothing to do."""
+        self._start()
+        if not self._cohorts:
+            return False
+        self._alive()
+        self._slice(self._next())
+        return True
 
     def _next(self) -> tuple[Cohort, Cohort | None]:
         """Whose turn it is, and who is taken in; those that wait for others are passed over."""
@@ -199,7 +209,8 @@ class LongWork:
             out_of_memory = is_out_of_memory(error)
             self._outcomes.fault(cohort.jobs, error, out_of_memory=out_of_memory)
         else:
-            self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
+            if cohort.boundary is None:  # coming to one is no work
+                self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
             if not done:
                 self._cohorts.rotate(-1)
                 return

@@ -10,12 +10,8 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
 
-import redis.asyncio as aioredis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError, NoScriptError, RedisError  # noqa: A004
+from redis.exceptions import RedisError
 
 from service.broker.base import (
     USUAL,
@@ -29,20 +25,19 @@ from service.broker.base import (
     Terms,
     WorkerStatus,
 )
-from service.broker.redis.connecting import BLOCK_SECONDS, OPTIONS, SOCKET_SECONDS, public, unavailable
+from service.broker.redis.calls import Calls
+from service.broker.redis.connecting import public
 from service.broker.redis.keys import REPLICA_SECONDS, SWEEP_SECONDS, Keys, common_arguments, milliseconds, name_of
-from service.broker.redis.records import OUTCOME_FIELDS, Outcome, event_of, pairs, stats_of, status_of
+from service.broker.redis.records import OUTCOME_FIELDS, Outcome, event_of, stats_of, status_of
 from service.broker.redis.refusals import draining, key_reused, refusal, share_of, unknown
-from service.broker.redis.scripts import script
+from service.broker.redis.registry import Registry
 from service.broker.redis.waits import Waits, chunks
 from service.errors import TimedOut, Unavailable
-from service.jobs import FINAL, WEIGHTS, Job, JobResult, JobState, ModelInfo, WorkerInfo, lane_of
-from service.messages import pack, unpack
+from service.jobs import FINAL, WEIGHTS, Job, JobResult, JobState, ModelInfo, lane_of
+from service.messages import pack
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = 16
-"""Commands that one process has on their way at once; reads that wait for events have connections of their own."""
 RECHECK_SECONDS = 5.0
 _EVENT_ID = re.compile(r"\d+-\d+")
 
@@ -64,22 +59,11 @@ class RedisBroker(Broker):
     ) -> None:
         self._url, self._limits, self._keys = url, limits, Keys(prefix)
         self._replica = replica or uuid.uuid4().hex
-        self._common = common_arguments(limits, replica_seconds)
-        # A connection that a restart of Redis has cut is noticed when it is used: once more, on a new one. Every
-        # operation may be sent twice.
-        once_more = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
-        pool = aioredis.BlockingConnectionPool.from_url(
-            url, max_connections=CONNECTIONS, timeout=SOCKET_SECONDS, retry=once_more, **OPTIONS
-        )
-        # Any: replies are typed as what every protocol may give.
-        self._redis: Any = aioredis.Redis.from_pool(pool)
-        self._waiting: Any = aioredis.Redis.from_pool(
-            aioredis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **OPTIONS)
-        )
+        self._calls = Calls(url, self._keys, common_arguments(limits, replica_seconds))
+        self._registry = Registry(self._calls, self._keys)
         self._waits = Waits()
         self._answered: list[str] = []  # to be forgotten with the next sweep
         self._orphans: set[str] = set()  # to be canceled when Redis is back
-        self._models: dict[bytes, ModelInfo] = {}  # by digest
         self._last_news = b"0-0"
         self._tasks: list[asyncio.Task[None]] = []
         self._reachable = True
@@ -103,9 +87,8 @@ class RedisBroker(Broker):
             await asyncio.wait(pending, timeout=0.2)
         self._tasks = []
         with suppress(Unavailable):
-            await self._call("detach", self._replica)
-        await self._redis.aclose()
-        await self._waiting.aclose()
+            await self._calls.run("detach", self._replica)
+        await self._calls.close()
 
     def drain(self) -> None:
         """Accept nothing more in this process; what was accepted goes on."""
@@ -126,28 +109,16 @@ class RedisBroker(Broker):
         for job_id in self._waits.open():
             self._waits.resolve(job_id, Outcome(state=JobState.CANCELED, error=draining()))
 
-    async def _call(self, name: str, *arguments: str | bytes | int | float) -> Any:
-        operation = script(name)
-        rest = (1, self._keys.base, *self._common, *arguments)
-        try:
-            try:
-                return await self._redis.execute_command("EVALSHA", operation.sha, *rest)
-            except NoScriptError:
-                return await self._redis.execute_command("EVAL", operation.source, *rest)
-        except (RedisError, OSError) as error:
-            raise unavailable(error) or error from error
-
     async def _outcome(self, job_id: str) -> Outcome | None:
-        try:
-            return Outcome.of_job(await self._redis.hmget(self._keys.job(job_id), OUTCOME_FIELDS))
-        except (RedisError, OSError) as error:
-            raise unavailable(error) or error from error
+        return Outcome.of_job(await self._calls.fields(job_id, OUTCOME_FIELDS))
 
     # Accepting.
 
     async def check(self, model: str, cost: int, caller: str = "") -> None:
         self._refuse_when_draining()
-        answer = await self._call("check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits))
+        answer = await self._calls.run(
+            "check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits)
+        )
         if refused := refusal(answer, model, cost, self._limits):
             raise refused
 
@@ -167,7 +138,7 @@ class RedisBroker(Broker):
         if not terms.detached:
             self._waits.add(job.id, attached=True)  # its end may come before the answer
         try:
-            answer = await self._call("submit", *arguments)
+            answer = await self._calls.run("submit", *arguments)
             if answer[0] == b"idempotency_key_reused":
                 raise key_reused(terms.idempotency_key or "")
             if refused := refusal(answer, job.model, job.cost, self._limits):
@@ -220,7 +191,7 @@ class RedisBroker(Broker):
         """Expect the end of a detached job."""
         self._waits.add(job_id, attached=False)
         try:
-            if not await self._call("watch", self._replica, job_id):
+            if not await self._calls.run("watch", self._replica, job_id):
                 raise unknown(job_id)
             self._waits.accepted(job_id)
             await self._resolve_if_ended(job_id)
@@ -237,16 +208,16 @@ class RedisBroker(Broker):
         """The outcome of a job that has ended, however long Redis is away."""
         while True:
             with suppress(Unavailable):
-                return await self._outcome(job_id) or _LOST
+                return await self._outcome(job_id) or _lost()
             await asyncio.sleep(0.2)
 
     async def cancel(self, job_id: str) -> bool:
-        return bool(await self._call("cancel", job_id))
+        return bool(await self._calls.run("cancel", job_id))
 
     # Asking.
 
     async def status(self, job_id: str) -> JobStatus:
-        found = await self._call("status", job_id)
+        found = await self._calls.run("status", job_id)
         if not found:
             raise unknown(job_id)
         return status_of(found[0])
@@ -258,83 +229,49 @@ class RedisBroker(Broker):
         return outcome.result() if outcome.state in FINAL else None
 
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
-        return [status_of(values) for values in await self._call("status", "", name_of(caller), limit)]
+        return [status_of(values) for values in await self._calls.run("status", "", name_of(caller), limit)]
 
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
-        key, job = self._keys.events(job_id), self._keys.job(job_id)
+        key, names = self._keys.events(job_id), ("state", "detached")
         last = after if after is not None and _EVENT_ID.fullmatch(after) else "0-0"
-        seen = False
+        follows = False
         while True:
             try:
-                state, detached = await self._redis.hmget(job, ("state", "detached"))
+                state, detached = await self._calls.fields(job_id, names)
                 if state is None or detached != b"1":
-                    if seen:
+                    if follows:
                         return  # forgotten meanwhile
                     raise unknown(job_id)
-                entries = await self._redis.xrange(key, min=f"({last}")
+                follows = True
+                entries = await self._calls.entries(key, last)
+                if not entries and JobState(state.decode()) not in FINAL:
+                    entries = await self._calls.next_entries(key, last)
                 while entries:
                     for event_id, fields in entries:
                         event = event_of(event_id, fields)
-                        last, seen = event.id, True
+                        last = event.id
                         yield event
                         if event.final:
                             return
-                    entries = await self._next(key, last)
+                    entries = await self._calls.next_entries(key, last)
                 if JobState(state.decode()) in FINAL:
                     return
-                seen = True
-                if not entries:
-                    entries = await self._next(key, last)
-            except (RedisError, OSError) as error:
-                away = unavailable(error)
-                if away is None or not seen:
-                    raise away or error from error
-                await asyncio.sleep(0.5)  # whoever listens already goes on listening
-
-    async def _next(self, key: str, last: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        answer = await self._waiting.xread({key: last}, block=milliseconds(BLOCK_SECONDS))
-        return answer[0][1] if answer else []
+            except Unavailable:
+                if not follows:
+                    raise
+                await asyncio.sleep(0.5)  # who listens already goes on listening
 
     async def models(self) -> Sequence[ModelInfo]:
-        digests = pairs(await self._call("models"))
-        await self._learn(list(digests.values()))
-        return [self._models[digests[name]] for name in sorted(digests) if digests[name] in self._models]
+        return await self._registry.models()
 
     async def workers(self) -> Sequence[WorkerStatus]:
-        workers = await self._call("workers")
-        served = [digests.split() for _, _, digests, _, _ in workers]
-        await self._learn([digest for digests in served for digest in digests])
-        return [
-            WorkerStatus(
-                info=WorkerInfo(
-                    id=worker_id.decode(),
-                    device=device.decode(),
-                    models=tuple(self._models[digest] for digest in digests if digest in self._models),
-                ),
-                heartbeat_age=age / 1000,
-                measurements=unpack(measurements) if measurements else (),
-            )
-            for (worker_id, device, _, age, measurements), digests in zip(workers, served, strict=True)
-        ]
-
-    async def _learn(self, digests: list[bytes]) -> None:
-        """Fetch metadata that was not seen before; a digest names it, so it never changes."""
-        new = [digest for digest in dict.fromkeys(digests) if digest not in self._models]
-        if not new:
-            return
-        try:
-            found = await self._redis.mget([self._keys.info(digest.decode()) for digest in new])
-        except (RedisError, OSError) as error:
-            raise unavailable(error) or error from error
-        for digest, data in zip(new, found, strict=True):
-            if data is not None:
-                self._models[digest] = ModelInfo.from_wire(unpack(data))
+        return await self._registry.workers()
 
     async def stats(self) -> QueueStats:
-        return stats_of(await self._call("stats"))
+        return stats_of(await self._calls.run("stats"))
 
     async def command(self, command: Command) -> int:
-        return int(await self._call("command", json.dumps(asdict(command))))
+        return int(await self._calls.run("command", json.dumps(asdict(command))))
 
     # What goes on by itself.
 
@@ -346,29 +283,24 @@ class RedisBroker(Broker):
                 if missed:
                     await self._recheck(0.0)
                     missed = False
-                answer = await self._waiting.xread({inbox: self._last_news}, 500, milliseconds(BLOCK_SECONDS))
-                for entry_id, fields in answer[0][1] if answer else ():
+                for entry_id, fields in await self._calls.next_entries(inbox, self._last_news):
                     news = {name.decode(): value for name, value in fields.items()}
                     self._last_news = entry_id
                     self._waits.resolve(news["id"].decode(), Outcome.of_news(news))
-            except (RedisError, OSError, Unavailable) as error:
-                if not isinstance(error, Unavailable) and unavailable(error) is None:
-                    log.error("the inbox cannot be read: %s", error)
+            except Unavailable:
                 missed = True
                 await asyncio.sleep(0.25)
+            except RedisError as error:
+                log.error("redis at %s: %s", public(self._url), error)
+                missed = True
+                await asyncio.sleep(1.0)
 
     async def _recheck(self, older_than: float) -> None:
         """Ask for what may have ended without this process having heard of it."""
         for ids in chunks(self._waits.open(older_than), 200):
-            pipeline = self._redis.pipeline(transaction=False)
-            for job_id in ids:
-                pipeline.hmget(self._keys.job(job_id), ("state", "error", "created", "started"))
-            try:
-                found = await pipeline.execute()
-            except (RedisError, OSError) as error:
-                raise unavailable(error) or error from error
+            found = await self._calls.fields_of_many(ids, ("state", "error", "created", "started"))
             for job_id, (state, error_data, created, started) in zip(ids, found, strict=True):
-                outcome = Outcome.of_job((state, error_data, None, created, started)) or _LOST
+                outcome = Outcome.of_job((state, error_data, None, created, started)) or _lost()
                 if outcome.state in FINAL:
                     self._waits.resolve(job_id, outcome)
 
@@ -398,25 +330,20 @@ class RedisBroker(Broker):
     async def sweep(self, every: float = SWEEP_SECONDS / 2) -> None:
         """What time does, when nobody has done it in the last ``every`` seconds; called regularly."""
         answered, self._answered = self._answered, []
-        arguments = (self._replica, self._last_news, milliseconds(every), *answered)
-        if count := await self._call("sweep", *arguments):
+        if count := await self._calls.run("sweep", self._replica, self._last_news, milliseconds(every), *answered):
             log.warning("%d jobs were given on: their worker has not been heard", count)
 
     async def _warn(self) -> None:
         """Say what of Redis's configuration breaks the promise; managed ones often keep it to themselves."""
         for name, wanted, danger in (
-            ("maxmemory-policy", b"noeviction", "when its memory is full, jobs that were accepted disappear"),
-            ("appendonly", b"yes", "when it is restarted, jobs that were accepted are lost"),
+            ("maxmemory-policy", "noeviction", "when its memory is full, jobs that were accepted disappear"),
+            ("appendonly", "yes", "when it is restarted, jobs that were accepted are lost"),
         ):
-            with suppress(RedisError, OSError):
-                found = await self._redis.execute_command("CONFIG GET", name)
-                value = found.get(name) if isinstance(found, dict) else found[1] if found else None
-                value = value.encode() if isinstance(value, str) else value
-                if value is not None and value != wanted:
-                    log.warning("redis at %s has %s %s: %s", public(self._url), name, value.decode(), danger)
+            found = await self._calls.setting(name)
+            if found is not None and found != wanted:
+                log.warning("redis at %s has %s %s: %s", public(self._url), name, found, danger)
 
 
-_LOST = Outcome(
-    state=JobState.FAILED,
-    error=Unavailable("the queue lost this request; send it again", code="broker_unreachable", retry_after=1.0),
-)
+def _lost() -> Outcome:
+    error = Unavailable("the queue lost this request; send it again", code="broker_unreachable", retry_after=1.0)
+    return Outcome(state=JobState.FAILED, error=error)

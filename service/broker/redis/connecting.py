@@ -26,15 +26,13 @@ CONNECT_SECONDS = 2.0
 BLOCK_SECONDS = 1.5
 """Longest read that waits for something to come; less than SOCKET_SECONDS."""
 
-# RESP 2 and 3 differ in replies, and so do versions of redis-py in which one they speak. A lib_name would be sent on
-# every connect, to servers that do not know it.
+# RESP 2 and 3 differ in replies, and so do versions of redis-py in which one they speak.
 OPTIONS: dict[str, Any] = {
     "protocol": 2,
     "decode_responses": False,
     "socket_timeout": SOCKET_SECONDS,
     "socket_connect_timeout": CONNECT_SECONDS,
     "socket_read_size": 65536,
-    "driver_info": None,
 }
 
 _AWAY = (

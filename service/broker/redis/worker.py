@@ -16,7 +16,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 from redis.retry import Retry
 
-from service.broker.base import Command, Held, Limits, Orders, WorkerBroker
+from service.broker.base import BrokerGone, Command, Held, Limits, Orders, WorkerBroker
 from service.broker.redis.connecting import BLOCK_SECONDS, OPTIONS, is_away, is_full, public
 from service.broker.redis.keys import Keys, common_arguments, milliseconds
 from service.broker.redis.scripts import script
@@ -65,7 +65,7 @@ class RedisWorkerBroker(WorkerBroker):
         self._in_doubt = False  # whether a claim's answer was lost
         self._away_until = 0.0
         self._reachable = True
-        self._closed = False
+        self._registered = self._closed = False
 
     def _call(self, name: str, *arguments: str | bytes | int | float) -> Any:
         operation = script(name)
@@ -103,11 +103,16 @@ class RedisWorkerBroker(WorkerBroker):
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _register(self, info: WorkerInfo) -> None:
-        arguments: list[str | bytes] = [self._id, self._owner, info.device]
+        arguments: list[str | bytes | int] = [self._id, self._owner, info.device, int(not self._registered)]
         for model in info.models:
             packed = pack(model.to_wire())
             arguments += [model.name, hashlib.sha256(packed).hexdigest(), packed]
-        self._call("register", *arguments)
+        if not self._call("register", *arguments):
+            raise self._replaced()
+        self._registered = True
+
+    def _replaced(self) -> BrokerGone:
+        return BrokerGone(f"another process is now the worker {self._id!r}")
 
     # Work.
 
@@ -151,6 +156,8 @@ class RedisWorkerBroker(WorkerBroker):
         except _Away:
             self._in_doubt = True
             raise
+        if answer[0] == b"replaced":
+            raise self._replaced()
         if answer[0] == b"unknown":
             return b"0-0", []
         jobs = [job for values in answer[1] if (job := self._job_of(values)) is not None]
@@ -183,7 +190,9 @@ class RedisWorkerBroker(WorkerBroker):
             arguments += [job.job_id, job.attempt, job.fraction, block, progress]
         try:
             known, lost, commands = self._call("heartbeat", *arguments)
-            if not known and self._info is not None:
+            if known == b"replaced":
+                raise self._replaced()
+            if known == b"unknown" and self._info is not None:
                 self._register(self._info)
         except _Away:
             return Orders()

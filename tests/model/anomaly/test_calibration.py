@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import asdict, replace
 from functools import cache
 
@@ -12,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 import model.anomaly.calibration as calibration_module
+import model.anomaly.gaussian as gaussian_module
+import model.anomaly.maps as maps_module
 from model.anomaly.calibration import Calibration, CalibrationError, CalibrationMismatch, calibrate, split_sizes
 from model.anomaly.codec import CODECS, code_lengths, fingerprint
 from model.anomaly.conformal import p_values
@@ -143,6 +146,48 @@ def test_the_maps_threshold_holds_for_new_images_of_small_calibrations() -> None
         heat = small.maps.maps(statistics(pictures(60, seed=300 + seed)), small.detector)
         shares.append(np.mean(heat.max(axis=(1, 2)) > small.maps.threshold))
     assert np.mean(shares) <= 0.1
+
+
+def test_working_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = pictures(150, seed=4)
+    found = statistics(pixels)
+    made = []
+    for rows in (7, 10_000):
+        for module in (gaussian_module, maps_module):
+            monkeypatch.setattr(module, "ROWS", rows)
+        monkeypatch.setattr(gaussian_module, "COLUMNS", rows)
+        made.append(calibrate(found, pixels, RECORD))
+    few, whole = made
+    for name, values in whole.sorted_scores.items():
+        np.testing.assert_allclose(few.sorted_scores[name], values, rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(few.maps.rare_HW, whole.maps.rare_HW, rtol=1e-6)
+    assert few.maps.threshold == pytest.approx(whole.maps.threshold, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 100, 101, 250])
+def test_the_quantile_of_parts_is_that_of_all(count: int) -> None:
+    values = np.random.default_rng(count).normal(size=(count, 3, 4))
+    parts = (values[start : start + 9] for start in range(0, count, 9))
+    expected = np.quantile(values, 0.99, axis=0)
+    np.testing.assert_allclose(maps_module.upper_quantile(parts, count, 0.99), expected, rtol=1e-12)
+
+
+def test_calibrating_takes_less_memory_than_its_statistics() -> None:
+    """Of colour images, whose residual is nearly all of them; it was four times as much."""
+    count, random = 2000, np.random.default_rng(0)
+    shapes = {"bits": (), "patch_nll": (16,), "log_scale": (2, 16), "energy": (2, 16), "latent": (8,), "hidden": (48,)}
+    found: Statistics = {
+        name: random.normal(size=(count, *shape)).astype(np.float32)
+        for name, shape in {**shapes, "gradient": (), "residual": (3, 32, 32)}.items()
+    }
+    pixels = np.zeros((count, 3, 32, 32), np.uint8)
+    tracemalloc.start()
+    try:
+        calibrate(found, pixels, RECORD)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < sum(values.nbytes for values in found.values())
 
 
 def test_an_image_without_finite_statistics_is_named() -> None:

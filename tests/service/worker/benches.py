@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -96,7 +97,35 @@ async def bench_of(models: Models, directory: Path, **options: Any) -> AsyncIter
         await broker.close()
 
 
-MakeBench = Callable[..., Any]
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that another thread brings about, for so long as :data:`PATIENCE` lasts."""
+    for _ in range(PATIENCE * 200):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise TimeoutError
+
+
+def slow_down(bench: Bench, seconds: float) -> None:
+    """Let every slice take longer, so that there is time to do something in the midst of it."""
+    turn = bench.engine._long.turn
+
+    def slowly() -> bool:
+        time.sleep(seconds)
+        return turn()
+
+    bench.engine._long.turn = slowly  # type: ignore[method-assign]
+
+
+def hold(bench: Bench) -> Callable[[], None]:
+    """Let no slice be done until the function that is returned is called."""
+    turn, held = bench.engine._long.turn, threading.Event()
+
+    def wait() -> bool:
+        return turn() if held.is_set() else not time.sleep(0.005)
+
+    bench.engine._long.turn = wait  # type: ignore[method-assign]
+    return held.set
 
 
 def score(job_id: str, size: int = 8, rows: int = 1, draws: int = 1, model: str = "tiny-vp") -> Job:

@@ -3,7 +3,8 @@
 -- Answers with the doorbell's last id, and id, op, model, rows, cost, attempt, whether detached, and payload of each job.
 local worker, owner, max_rows, lanes = arg(1), arg(2), tonumber(arg(3)), tonumber(arg(4))
 go_on_when_full()
-if call('HGET', P .. 'worker:' .. worker, 'owner') ~= owner then return {'unknown'} end
+local registered = call('HGET', P .. 'worker:' .. worker, 'owner')
+if registered ~= owner then return {registered and 'replaced' or 'unknown'} end
 heard(worker)
 sweep(SWEEP)
 

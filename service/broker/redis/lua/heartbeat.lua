@@ -1,10 +1,11 @@
 -- worker, owner, measurements or '', and of each job: id, attempt, fraction, block or '', progress as JSON
 --
--- Answers with whether the worker is known, the ids that are not its own, and its commands.
+-- Answers with whether the worker is known, unknown or replaced by another process, the ids that are not its own, and its commands.
 local worker, owner = arg(1), arg(2)
 local key = P .. 'worker:' .. worker
 go_on_when_full()
-local known = call('HGET', key, 'owner') == owner
+local registered = call('HGET', key, 'owner')
+local known = registered == owner
 if known then
   heard(worker)
   if arg(3) ~= '' then call('HSET', key, 'measurements', arg(3)) end
@@ -30,4 +31,4 @@ end
 sweep(SWEEP)
 local commands = known and call('LRANGE', P .. 'commands:' .. worker, 0, -1) or {}
 if #commands > 0 then call('DEL', P .. 'commands:' .. worker) end
-return {known and 1 or 0, lost, commands}
+return {known and 'known' or registered and 'replaced' or 'unknown', lost, commands}

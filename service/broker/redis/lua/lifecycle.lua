@@ -183,8 +183,10 @@ local function forget_worker(worker)
   call('ZREM', WORKERS, worker)
 end
 
--- A worker was heard, from its inference loop.
-local function heard(worker)
+-- A worker was heard, from its inference loop. One that claims all the time need not be written down each time.
+local function heard(worker, anew)
+  local last = tonumber(call('ZSCORE', WORKERS, worker) or 0)
+  if not anew and now - last < math.min(200, READY / 10) then return end
   local key = P .. 'worker:' .. worker
   call('ZADD', WORKERS, 'XX', now, worker)
   call('PEXPIRE', WORKERS, 2 * FORGET_WORKER)
