@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,9 +94,11 @@ def _is_ready(url: str, workers: int) -> bool:
 
 @contextmanager
 def process(command: Sequence[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process, ended in order."""
+    """A process, ended in order, and with it whatever it has left behind."""
     # What they say goes where errors go: the output may be one JSON document.
-    started = subprocess.Popen(list(command), env={**os.environ, **variables}, stdout=sys.stderr.fileno())
+    started = subprocess.Popen(
+        list(command), env={**os.environ, **variables}, stdout=sys.stderr.fileno(), start_new_session=True
+    )
     try:
         yield started
     finally:
@@ -105,6 +108,8 @@ def process(command: Sequence[str], **variables: str) -> Iterator[subprocess.Pop
         except subprocess.TimeoutExpired:
             started.kill()
             started.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 def _http_flags(port: int, state: str) -> list[str]:

@@ -190,9 +190,13 @@ class RedisProcess(Process):
         command += ["--requirepass", password] if password else []
         self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{port}/0"
         super().__init__(directory / "log", command, os.environ)
-        with self.client() as client:
-            wait_until(lambda: self.process.poll() is not None or answers(client), "Redis answers")
-        assert self.process.poll() is None, self.log
+        try:
+            with self.client() as client:
+                wait_until(lambda: self.process.poll() is not None or answers(client), "Redis answers")
+            assert self.process.poll() is None, self.log
+        except BaseException:
+            self.kill()
+            raise
 
     def client(self) -> redis.Redis:
         """A client of it."""
