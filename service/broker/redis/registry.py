@@ -28,7 +28,7 @@ class Registry:
     async def workers(self) -> Sequence[WorkerStatus]:
         """The registered workers, by who was silent for longest."""
         workers = await self._calls.run("workers")
-        served = [digests.split() for _, _, digests, _, _ in workers]
+        served = [digests.split() for _, _, digests, *_ in workers]
         await self._learn(digest for digests in served for digest in digests)
         return [
             WorkerStatus(
@@ -36,11 +36,12 @@ class Registry:
                     id=worker_id.decode(),
                     device=device.decode(),
                     models=tuple(self._models[digest] for digest in digests if digest in self._models),
+                    states=unpack(states),
                 ),
                 heartbeat_age=age / 1000,
                 measurements=unpack(measurements) if measurements else (),
             )
-            for (worker_id, device, _, age, measurements), digests in zip(workers, served, strict=True)
+            for (worker_id, device, _, age, measurements, states), digests in zip(workers, served, strict=True)
         ]
 
     async def _learn(self, digests: Iterable[bytes]) -> None:
