@@ -92,18 +92,19 @@ def _is_ready(url: str, workers: int) -> bool:
 
 
 @contextmanager
-def _process(command: Sequence[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+def process(command: Sequence[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, ended in order."""
     # What they say goes where errors go: the output may be one JSON document.
-    process = subprocess.Popen(list(command), env={**os.environ, **variables}, stdout=sys.stderr.fileno())
+    started = subprocess.Popen(list(command), env={**os.environ, **variables}, stdout=sys.stderr.fileno())
     try:
-        yield process
+        yield started
     finally:
-        process.terminate()
+        started.terminate()
         try:
-            process.wait(STOP_SECONDS)
+            started.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            started.kill()
+            started.wait()
 
 
 def _http_flags(port: int, state: str) -> list[str]:
@@ -116,7 +117,7 @@ def embedded(models: Path, *flags: str) -> Iterator[Deployment]:
     with tempfile.TemporaryDirectory() as state, ExitStack() as stack:
         port, found = free_port(), Deployment()
         command = [TARFLOW, "serve", "--models", str(models), *_http_flags(port, state), *flags]
-        found.processes["serve"] = stack.enter_context(_process(command))
+        found.processes["serve"] = stack.enter_context(process(command))
         found.urls = [f"http://127.0.0.1:{port}"]
         found.wait_ready(1)
         yield found
@@ -135,18 +136,18 @@ def distributed(
         url = {"TARFLOW_REDIS": f"redis://127.0.0.1:{port}/0"}
         redis = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", directory]
         redis += ["--appendonly", "yes", "--appendfsync", "everysec", "--loglevel", "warning"]
-        found.processes["redis"] = stack.enter_context(_process(redis))
+        found.processes["redis"] = stack.enter_context(process(redis))
         share = max(1, len(os.sched_getaffinity(0)) // workers)
         for number in range(workers):
             flags = ["--models", str(models), "--threads", str(share), "--log-level", "warning"]
             program = [TARFLOW] if preempting else [sys.executable, "-m", "benchmarks.unpreempted"]
-            worker = _process([*program, "worker", *flags], **url)
+            worker = process([*program, "worker", *flags], **url)
             found.processes[f"worker host {number}"] = stack.enter_context(worker)
         for number in range(apis):
             at = free_port()
             state = str(Path(directory) / f"state-{number}")
             command = [TARFLOW, "api", *_http_flags(at, state), *api_flags]
-            found.processes[f"api {number}"] = stack.enter_context(_process(command, **url))
+            found.processes[f"api {number}"] = stack.enter_context(process(command, **url))
             found.urls.append(f"http://127.0.0.1:{at}")
         found.wait_ready(workers)
         yield found

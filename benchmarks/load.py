@@ -7,6 +7,7 @@ speaks plain HTTP/1.1 over kept connections: a client library would take as long
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import subprocess
 import sys
@@ -38,6 +39,8 @@ class Load:
     """Requests a second of an open loop, answered or not."""
     path: str = ""
     """Instead of the service's own."""
+    as_json: bool = False
+    """Images as base64 in JSON, and not as files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,10 @@ def _image(number: int) -> bytes:
 
 def _request(load: Load, host: str, number: int) -> bytes:
     """The bytes of one request."""
-    if load.kind == "score":
+    if load.kind == "score" and load.as_json:
+        kind = "application/json"
+        body = json.dumps({"images": [base64.b64encode(_image(number % 16)).decode()]}).encode()
+    elif load.kind == "score":
         kind = "multipart/form-data; boundary=frontier"
         head = b'--frontier\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         body = head + _image(number % 16) + b"\r\n--frontier--\r\n"

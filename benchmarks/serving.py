@@ -37,6 +37,7 @@ BATCH = 64
 OVERLOAD = 10.0
 WARM_SECONDS = 3.0
 """The beginning of a load, which is not counted."""
+EMBEDDED, DISTRIBUTED = "serve", "2 api + 2 worker"
 DEFAULT = ("latency", "batching", "overload")
 
 
@@ -72,7 +73,7 @@ def latency(models: Path, seconds: float) -> Rows:
     """An open loop of scores, alone and while 32 samples are always on their way; and sampling, with and without."""
     one = partial(distributed, models, apis=1, workers=1)
     for name, start in (
-        ("serve", partial(embedded, models)),
+        (EMBEDDED, partial(embedded, models)),
         ("api + worker", one),
         ("api + worker, not preempting", partial(one, preempting=False)),
     ):
@@ -159,8 +160,8 @@ def batching(models: Path, seconds: float) -> Rows:
 
 def _forms(models: Path) -> list[tuple[str, Start]]:
     return [
-        ("serve", partial(embedded, models)),
-        ("2 api + 2 worker", partial(distributed, models, apis=2, workers=2)),
+        (EMBEDDED, partial(embedded, models)),
+        (DISTRIBUTED, partial(distributed, models, apis=2, workers=2)),
     ]
 
 
@@ -200,7 +201,7 @@ def _bounded(name: str, models: Path, peak: float | None) -> Iterator[Deployment
     passes = 2  # with guidance
     cost = 0 if peak is None else max(1, int(2 * peak * config.num_patches * passes))
     flags = ["--max-queue-cost", str(cost)] if cost else []
-    if name == "serve":
+    if name == EMBEDDED:
         with embedded(models, *flags) as deployment:
             yield deployment
     else:
@@ -211,9 +212,11 @@ def _bounded(name: str, models: Path, peak: float | None) -> Iterator[Deployment
 # Soak
 
 
-def soak(models: Path, minutes: float) -> Rows:
+def soak(models: Path, minutes: float, forms: list[str]) -> Rows:
     """Moderate load for long: memory of each process after the first minute and in the end."""
     for name, start in _forms(models):
+        if name not in forms:
+            continue
         with start() as deployment:
             rates = {"score": SCORES_A_SECOND, "sample": 2.0}
             loads = [
@@ -246,9 +249,9 @@ def peers(models: Path, seconds: float) -> Rows:
     for name, start in starts.items():
         with start() as deployment:
             paths = {kind: f"/{kind}" if name in PEERS else "" for kind in ("score", "sample")}
-            urls = {"score": deployment.urls[:1], "sample": deployment.urls[-1:]}
+            usual = Load(urls=deployment.urls, kind="", seconds=seconds, as_json=True)
             loads = {
-                kind: Load(urls=urls[kind], kind=kind, seconds=seconds, concurrency=number, path=paths[kind])
+                kind: Load(**{**vars(usual), "kind": kind, "concurrency": number, "path": paths[kind]})
                 for kind, number in (("score", CONCURRENT_SCORES), ("sample", SAMPLES))
             }
             for load in loads.values():
@@ -285,13 +288,14 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=BUNDLED, help="bundles to serve (default: the bundled)")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a load (default 20)")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the soak (default 10)")
+    parser.add_argument("--soaked", default=f"{EMBEDDED},{DISTRIBUTED}", help="what is soaked, one after the other")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     options = parser.parse_args()
     measurements: dict[str, Callable[[], Rows]] = {
         "latency": partial(latency, options.models, options.seconds),
         "batching": partial(batching, options.models, options.seconds),
         "overload": partial(overload, options.models, options.seconds),
-        "soak": partial(soak, options.models, options.minutes),
+        "soak": partial(soak, options.models, options.minutes, options.soaked.split(",")),
         "peers": partial(peers, options.models, options.seconds),
     }
     wanted = [name.strip() for name in options.only.split(",")]
@@ -300,7 +304,12 @@ def main() -> None:
     # Many connections at once are many open files.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if soft < hard else soft, hard))
-    rows = [row for name in wanted for row in measurements[name]()]
+    rows = []
+    for name in wanted:
+        for row in measurements[name]():
+            # It takes long: whoever watches sees how far it is.
+            print("  ".join(row.cells()), file=sys.stderr, flush=True)
+            rows.append(row)
     document: dict[str, Any] = {
         "benchmark": "serving",
         "environment": environment(torch.device("cpu")),
