@@ -9,7 +9,7 @@ from importlib.metadata import version
 import anyio
 from fastapi import FastAPI
 
-from service.api import calibrating, classifying, envelope, health, models, sampling, scoring
+from service.api import administering, calibrating, classifying, envelope, health, models, sampling, scoring
 from service.api.observing import BodyLimit, BodyLimits, Observing
 from service.broker.base import Broker
 from service.calibrations import CalibrationStore
@@ -79,6 +79,8 @@ def create_app(
     app.state.drain, app.state.restarts = drain, restarts
     for part in (sampling, scoring, classifying, calibrating, models, health):
         app.include_router(part.router)
+    if settings.admin:
+        app.include_router(administering.router)
     envelope.install(app)
     # Inside of Observing, which answers in the envelope where FastAPI's own limit would not.
     limits = BodyLimits(settings.max_body_bytes, {calibrating.PATH: settings.max_calibration_bytes})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from service.jobs import Job, Op
+from service.jobs import Job
 from service.worker.ceilings import Ceilings
 from service.worker.faults import BATCH_FAULTS, check_device, is_out_of_memory, make_room
-from service.worker.loading import LoadedModel
+from service.worker.loading import MOST_SLICE_ROWS, LoadedModel
 from service.worker.outcomes import Outcomes
 from service.worker.parts import Part
 from service.worker.scoring import RUN, Arrays, network_rows
@@ -16,25 +16,31 @@ from service.worker.scoring import RUN, Arrays, network_rows
 Claimed = tuple[LoadedModel, Job]
 
 
+def stage_of(job: Job) -> str:
+    """The kind of work a job is: its op, but gradients take more memory, and time, than bare passes."""
+    wants_gradient = bool((job.payload.get("statistics") or {}).get("gradient"))
+    return f"{job.op}_gradient" if wants_gradient else str(job.op)
+
+
 def batches(claimed: Sequence[Claimed], most_rows: int) -> list[list[Claimed]]:
-    """Jobs of one model and op together, in their order, up to ``most_rows`` rows of the network.
+    """Jobs of one model and stage together, in their order, up to ``most_rows`` rows of the network.
 
     A job that fills a batch alone goes after those that do not, so that they need not wait for it.
     """
     full: list[list[Claimed]] = []
-    open_batches: dict[tuple[str, Op], tuple[list[Claimed], int]] = {}
+    open_batches: dict[tuple[str, str], tuple[list[Claimed], int]] = {}
     closed: list[list[Claimed]] = []
     for model, job in claimed:
         rows = network_rows(model, job)
         if rows >= most_rows:
             full.append([(model, job)])
             continue
-        batch, taken = open_batches.get((job.model, job.op), ([], 0))
+        batch, taken = open_batches.get((job.model, stage_of(job)), ([], 0))
         if taken + rows > most_rows:
             closed.append(batch)
             batch, taken = [], 0
         batch.append((model, job))
-        open_batches[job.model, job.op] = (batch, taken + rows)
+        open_batches[job.model, stage_of(job)] = (batch, taken + rows)
     return [*closed, *(batch for batch, _ in open_batches.values()), *full]
 
 
@@ -77,9 +83,11 @@ class UrgentWork:
 
     def _attempt(self, model: LoadedModel, jobs: Sequence[Job]) -> tuple[list[Arrays] | None, bool]:
         """Results, with as many rows in a pass as the memory has room for; or none, and whether that was for it."""
-        name, op = model.info.name, str(jobs[0].op)
+        name, stage = model.info.name, stage_of(jobs[0])
         most = min(self._batch_rows, sum(network_rows(model, job) for job in jobs))
-        rows = model.pass_rows(self._ceilings.most(name, op, most))
+        if stage != jobs[0].op:
+            most = min(most, MOST_SLICE_ROWS[model.device.type])
+        rows = model.pass_rows(self._ceilings.most(name, stage, most))
         while True:
             try:
                 return RUN[jobs[0].op](model, jobs, rows), False
@@ -92,6 +100,6 @@ class UrgentWork:
                 return None, False
             make_room(model.device)
             if rows == 1:
-                self._ceilings.forget(name, op)
+                self._ceilings.forget(name, stage)
                 return None, True
-            rows = self._ceilings.failed(name, op, rows)
+            rows = self._ceilings.failed(name, stage, rows)

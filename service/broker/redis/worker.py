@@ -103,7 +103,8 @@ class RedisWorkerBroker(WorkerBroker):
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _register(self, info: WorkerInfo) -> None:
-        arguments: list[str | bytes | int] = [self._id, self._owner, info.device, int(not self._registered)]
+        first, states = int(not self._registered), pack(dict(info.states))
+        arguments: list[str | bytes | int] = [self._id, self._owner, info.device, first, states]
         for model in info.models:
             packed = pack(model.to_wire())
             arguments += [model.name, hashlib.sha256(packed).hexdigest(), packed]

@@ -181,6 +181,7 @@ def test_calibrating_takes_less_memory_than_its_statistics() -> None:
         for name, shape in {**shapes, "gradient": (), "residual": (3, 32, 32)}.items()
     }
     pixels = np.zeros((count, 3, 32, 32), np.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = np.divmod(np.arange(count), 256)  # no two alike
     tracemalloc.start()
     try:
         calibrate(found, pixels, RECORD)

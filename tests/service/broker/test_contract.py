@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -303,6 +304,14 @@ async def test_a_worker_may_change_its_models(bench: Bench) -> None:
         await bench.broker.submit(job("b", model="b"))
     await other.register(info("w2", ["b", "c"]))
     assert [j.id for j in await other.claim()] == ["waits"]
+
+
+async def test_a_worker_tells_how_its_models_stand(bench: Bench) -> None:
+    worker = await bench.worker("w1", ["m"])
+    states = {"m": "ready", "n": "failed: too large"}
+    await worker.register(replace(info("w1", ["m"]), states=states))
+    [status] = await bench.broker.workers()
+    assert dict(status.info.states) == states
 
 
 async def test_commands_reach_every_worker_once(bench: Bench) -> None:

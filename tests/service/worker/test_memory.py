@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from service.worker.faults import DeviceLost, check_device, is_out_of_memory
 from service.worker.loading import LoadedModel
 from service.worker.parts import Part, pack
 from service.worker.room import Room, row_bytes
+from service.worker.urgent import batches
 from tests.service.worker.benches import decode, score
 from tests.service.worker.desks import Desk, alone
 
@@ -138,6 +140,25 @@ def test_scores_go_on_in_smaller_batches(tiny: LoadedModel, most: int) -> None:
     for job_id, result in expected.items():
         got = desk.tray.results[job_id].arrays["log_likelihood"]
         np.testing.assert_allclose(got, result.arrays["log_likelihood"], rtol=1e-5)
+
+
+def test_gradients_have_a_ceiling_of_their_own(tiny: LoadedModel) -> None:
+    desk = Desk(tiny, batch_rows=16)
+    job = score("a", rows=7)
+    job = replace(job, payload={**job.payload, "statistics": {"seed": 0, "gradient": True}})
+    with small_device(tiny, 3):
+        desk.urgent.run([(tiny, job)])
+    assert desk.tray.results["a"].arrays["statistics.gradient"].shape[0] == 7
+    assert desk.ceilings.most("tiny-vp", "score_gradient", 16) == 3
+    assert desk.ceilings.most("tiny-vp", "score", 16) == 16
+
+
+def test_urgent_batches_are_of_one_kind_and_the_large_come_last(tiny: LoadedModel) -> None:
+    gradient = {"statistics": {"seed": 0, "gradient": True}}
+    jobs = [score("large", rows=4, draws=4), score("a", rows=3), score("b", rows=4), score("c", rows=2)]
+    jobs.insert(2, replace(jobs[1], id="g", payload={**jobs[1].payload, **gradient}))
+    found = [[job.id for _, job in batch] for batch in batches([(tiny, job) for job in jobs], 8)]
+    assert found == [["a", "b"], ["c"], ["g"], ["large"]]
 
 
 def test_only_the_sample_that_never_fits_fails(tiny: LoadedModel) -> None:
