@@ -25,6 +25,9 @@ STOP_SECONDS = 10.0
 WORKER: tuple[str, ...] = ("service.worker",)
 """Module of the worker process."""
 ALL_DEVICES = ("auto", "cuda", "all")
+SPINS = "1000"
+"""How often a worker's threads look for work before they sleep. They share the cores with whoever answers requests: one
+that looks for milliseconds, as is usual, keeps a core from the very thread that it waits for."""
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")
 """Device nodes of NVIDIA, WSL and AMD GPUs."""
@@ -161,8 +164,8 @@ class Pool:
         ]
 
     async def _start(self, index: int, worker_id: str, device: str) -> asyncio.subprocess.Process:
-        # Torch's pool of threads is as large as this says before anybody can tell it otherwise, and it spins.
-        threads = {"OMP_NUM_THREADS": str(self._threads)}
+        # Torch's pool of threads is as large as this says before anybody can tell it otherwise.
+        threads = {"OMP_NUM_THREADS": str(self._threads), "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPINS)}
         return await asyncio.create_subprocess_exec(
             *self._command(index, worker_id, device),
             env={**os.environ, **self._environment, **threads},

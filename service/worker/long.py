@@ -203,8 +203,9 @@ class LongWork:
         op, name = str(cohort.parts[0].job.op), cohort.model.info.name
         start = time.perf_counter()
         try:
-            done = cohort.advance() if other is None else cohort.join(other)
-            results = cohort.results() if done else []
+            with self._metrics.computing(name, op):
+                done = cohort.advance() if other is None else cohort.join(other)
+                results = cohort.results() if done else []
         except BATCH_FAULTS as error:
             out_of_memory = is_out_of_memory(error)
             self._outcomes.fault(cohort.jobs, error, out_of_memory=out_of_memory)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import NDArray
@@ -27,6 +29,9 @@ class WorkerMetrics:
         labels, own = ("model", "op"), self.registry
         self.inference = Histogram(
             "tarflow_inference_seconds", "Model time of one batch", labels, registry=own, buckets=SECONDS
+        )
+        self.cpu = Counter(
+            "tarflow_model_cpu_seconds", "CPU time of batches and slices, of all threads", labels, registry=own
         )
         self.slice = Histogram(
             "tarflow_slice_seconds", "Time of one slice of work", labels, registry=own, buckets=SECONDS
@@ -87,6 +92,15 @@ class WorkerMetrics:
             "tarflow_model_load_seconds", "From the order to load a model until it served", ("model",), registry=own
         )
         self.memory = Gauge("tarflow_device_memory_bytes", "Memory held on the device", ("device",), registry=own)
+
+    @contextmanager
+    def computing(self, model: str, op: str) -> Iterator[None]:
+        """Count the CPU time of what is done inside."""
+        before = time.process_time()
+        try:
+            yield
+        finally:
+            self.cpu.labels(model=model, op=op).inc(time.process_time() - before)
 
     def observe_sampling(
         self, model: str, plan: Sequence[str], tolerance: float, arrays: Mapping[str, NDArray[Any]]

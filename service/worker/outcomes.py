@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from service.broker.base import WorkerBroker
 from service.errors import InternalError
@@ -21,6 +22,10 @@ class Outcomes:
     def __init__(self, broker: WorkerBroker, metrics: WorkerMetrics) -> None:
         self._broker, self._metrics = broker, metrics
         self._assembly = Assembly()
+
+    def computing(self, job: Job) -> AbstractContextManager[None]:
+        """Around the work on a batch of jobs like this one."""
+        return self._metrics.computing(job.model, str(job.op))
 
     def batch(self, jobs: Sequence[Job], rows: int, seconds: float) -> None:
         """Count a batch of one model and op that is done."""

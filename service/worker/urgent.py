@@ -67,7 +67,8 @@ class UrgentWork:
     def _batch(self, model: LoadedModel, jobs: Sequence[Job]) -> None:
         """A batch; one that fails is done again job by job, and the one that fails alone ends with an error."""
         start = time.perf_counter()
-        results, out_of_memory = self._attempt(model, jobs)
+        with self._outcomes.computing(jobs[0]):
+            results, out_of_memory = self._attempt(model, jobs)
         seconds = time.perf_counter() - start
         if results is not None:
             self._outcomes.batch(jobs, sum(job.rows for job in jobs), seconds)
