@@ -165,6 +165,9 @@ class PendingDirectory(PendingStore):
 
     def write(self, pending: Pending, pixels: NDArray[np.uint8]) -> None:
         arriving = self._arriving(pending)
+        with self._lock:
+            # The first look at the disk clears away what is half done, and must not come later.
+            _ = self._entries
         try:
             arriving.mkdir(parents=True)
             np.save(arriving / IMAGES, pixels, allow_pickle=False)

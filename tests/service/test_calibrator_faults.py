@@ -142,7 +142,7 @@ async def test_workers_of_different_weights_are_told(models: Path, tmp_path: Pat
     assert left(tmp_path, "*.npy") != []
 
 
-@pytest.mark.parametrize("step", ["write", "place"])
+@pytest.mark.parametrize("step", ["write", "_swap"])
 async def test_a_run_goes_on_when_its_successor_cannot_be_kept(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -24,5 +24,7 @@ if id == '' then return {'placed'} end
 if call('PERSIST', images_key(id)) == 0 then return {'lost'} end
 forget_run(model, name)
 call('HSET', key, 'id', id, 'job', job, 'done', 0, 'crashes', 0, 'owner', '', 'lease', 0)
-call('ZADD', RUNS, now, model .. ':' .. name)
+-- Two in the same millisecond have an order, too.
+local last = call('ZREVRANGE', RUNS, 0, 0, 'WITHSCORES')[2]
+call('ZADD', RUNS, math.max(now, last and last + 1 or 0), model .. ':' .. name)
 return {'placed'}
