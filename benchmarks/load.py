@@ -62,12 +62,15 @@ class Answers:
     def throughput(self) -> float:
         """Requests a second that were answered well, from the first such answer to the last.
 
-        Answers come in batches: what came with the first one is not counted, since its work began before.
+        Answers come in batches: what came with the first one is not counted, since its work began before; unless
+        nothing came later.
         """
         rows = zip(self.sent, self.seconds, self.statuses, strict=True)
         ended = sorted(sent + took for sent, took, got in rows if got == OK)
-        later = [end for end in ended if end > ended[0] + 0.1] if ended else []
-        return len(later) / (later[-1] - ended[0]) if later else 0.0
+        if not ended:
+            return 0.0
+        later = [end for end in ended if end > ended[0] + 0.1]
+        return len(later) / (later[-1] - ended[0]) if later else len(ended) / ended[-1]
 
 
 def percentile(values: list[float], share: float) -> float:

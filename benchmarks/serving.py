@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -301,6 +302,8 @@ def main() -> None:
     wanted = [name.strip() for name in options.only.split(",")]
     if unknown := [name for name in wanted if name not in measurements]:
         parser.error(f"--only: got {unknown[0]!r}, allowed are {', '.join(measurements)}")
+    # Whoever ends the program ends its processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # Many connections at once are many open files.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if soft < hard else soft, hard))

@@ -324,13 +324,15 @@ class Calibrator:
 
     async def _model(self, name: str) -> ModelInfo | None:
         """The model as it is served now, if it is; raises ``InternalError`` when workers have different weights."""
-        model = next((model for model in await self._broker.models() if model.name == name), None)
-        served = {m.model_id for worker in await self._broker.workers() for m in worker.info.models if m.name == name}
-        if model is not None and served - {model.model_id}:
+        workers = await self._broker.workers()
+        served = {m.model_id: m for worker in workers for m in worker.info.models if m.name == name}
+        if len(served) > 1:
             raise InternalError(
                 f"workers serve different weights of model {name!r}; restart the service", code="model_replaced"
             )
-        return model
+        # Without a live worker, what was served last. The list of models may be a little behind, and workers are not.
+        known = served.values() or [model for model in await self._broker.models() if model.name == name]
+        return next(iter(known), None)
 
     async def _check_unchanged(self, model: ModelInfo) -> None:
         """Raise ``_Replaced`` when other weights may have computed what a job gave."""

@@ -30,6 +30,10 @@ from service.stores import directory
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.1
+MODELS_SECONDS = 1.0
+"""The most that a replica's list of models is behind: requests need not ask for it each."""
+KEEP_ALIVE_SECONDS = 75
+"""Longer than load balancers keep an idle connection: who closes first must not be the one who is about to be asked."""
 ANSWER_SECONDS = 5
 
 
@@ -95,8 +99,10 @@ def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], 
         access_log=settings.log_level == "debug",
         # Work has ended by then; this is for answers that are still being written.
         timeout_graceful_shutdown=ANSWER_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
-    asyncio.run(_Server(config, drain, settings.drain_seconds, hopeless).serve())
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_Server(config, drain, settings.drain_seconds, hopeless).serve())
 
 
 # serve
@@ -180,8 +186,8 @@ def api(settings: ApiSettings) -> None:
     from service.stores.redis import Connection, state_in
 
     _log_to_stderr(settings)
-    broker, drain = RedisBroker(settings.redis, settings.limits, prefix=settings.redis_prefix), Drain()
-    connection = Connection(settings.redis, settings.redis_prefix)
+    broker = RedisBroker(settings.redis, settings.limits, prefix=settings.redis_prefix, models_seconds=MODELS_SECONDS)
+    connection, drain = Connection(settings.redis, settings.redis_prefix), Drain()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

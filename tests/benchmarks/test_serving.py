@@ -17,6 +17,7 @@ def test_throughput_does_not_count_what_began_before() -> None:
     ended = [float(second) for second in range(1, 11) for _ in range(4)]
     found = Answers(sent=[0.0] * 40, seconds=ended, statuses=[200] * 40)
     assert found.throughput == pytest.approx(4)
+    assert Answers(sent=[0.0] * 4, seconds=[2.0] * 4, statuses=[200] * 4).throughput == pytest.approx(2)
     assert Answers(sent=[0.0], seconds=[1.0], statuses=[503]).throughput == 0
 
 

@@ -41,9 +41,9 @@ class Cluster:
     def _log(self, name: str) -> Path:
         return self._directory / f"{name}-{len(self._processes)}.log"
 
-    def start_redis(self, *options: str) -> RedisProcess:
+    def start_redis(self, password: str = "") -> RedisProcess:
         """Start Redis, or start it again with everything that it has kept."""
-        self.redis = RedisProcess(self._directory / "redis", self._port, *options)
+        self.redis = RedisProcess(self._directory / "redis", self._port, password)
         self._processes.append(self.redis)
         return self.redis
 

@@ -50,7 +50,7 @@ def imported(form: str, variables: dict[str, str], log: Path, *flags: str | Path
 
 def test_only_workers_import_torch(cluster: Cluster, tmp_path: Path) -> None:
     """Neither the API does, nor the parent of workers."""
-    variables = environment(TARFLOW_REDIS=cluster.url, TARFLOW_STATE=str(tmp_path / "state"))
+    variables = environment(TARFLOW_REDIS=cluster.url)
     api = imported("api", variables, tmp_path / "api", "--port", "0", until="Uvicorn running")
     assert {"service.broker.redis.api", "service.app", "redis"} <= api
     parent = imported("worker", variables, tmp_path / "parent", "--device", "cpu", until="service.broker.redis.burying")
@@ -97,7 +97,7 @@ def test_any_replica_answers_with_any_worker_s_work(cluster: Cluster) -> None:
 def test_an_api_process_starts_before_redis_and_recovers(cluster: Cluster) -> None:
     """With a password, which nobody prints; and beside a device that is not there."""
     assert cluster.redis.stop() == 0
-    cluster.url = cluster.url.replace("redis://", f"redis://:{SECRET}@")
+    cluster.url = cluster.redis.url.replace("redis://", f"redis://:{SECRET}@")
     api = cluster.api("--log-level", "debug")
     assert api.get("/healthz").status_code == 200
     assert api.get("/metrics").status_code == 200
@@ -107,7 +107,7 @@ def test_an_api_process_starts_before_redis_and_recovers(cluster: Cluster) -> No
     assert refused.json()["error"]["code"] == "broker_unreachable"
     worker = cluster.worker("--devices", "cpu,cuda:99", "--log-level", "debug")
     wait_until(lambda: "could not start; a new one starts in" in worker.log, "the missing device is tried again")
-    cluster.start_redis("--requirepass", SECRET)
+    cluster.start_redis(SECRET)
     api.wait_ready()
     assert score(api.url).status_code == 200
     assert api.stop() == worker.stop() == 0

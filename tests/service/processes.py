@@ -183,15 +183,20 @@ class WorkerProcess(Process):
 class RedisProcess(Process):
     """A redis-server that keeps every write, on a port that stays the same when it is started again."""
 
-    def __init__(self, directory: Path, port: int, *options: str) -> None:
+    def __init__(self, directory: Path, port: int, password: str = "") -> None:
         directory.mkdir(exist_ok=True)
         command: list[str | Path] = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-        command += ["--appendonly", "yes", "--appendfsync", "everysec", "--dir", directory, *options]
-        self.url = f"redis://127.0.0.1:{port}/0"
+        command += ["--appendonly", "yes", "--appendfsync", "everysec", "--dir", directory]
+        command += ["--requirepass", password] if password else []
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{port}/0"
         super().__init__(directory / "log", command, os.environ)
-        with self.client() as client:
-            wait_until(lambda: self.process.poll() is not None or answers(client), "Redis answers")
-        assert self.process.poll() is None, self.log
+        try:
+            with self.client() as client:
+                wait_until(lambda: self.process.poll() is not None or answers(client), "Redis answers")
+            assert self.process.poll() is None, self.log
+        except BaseException:
+            self.kill()
+            raise
 
     def client(self) -> redis.Redis:
         """A client of it."""

@@ -56,11 +56,12 @@ class RedisBroker(Broker):
         prefix: str = "tarflow",
         replica: str | None = None,
         replica_seconds: float = REPLICA_SECONDS,
+        models_seconds: float = 0.0,
     ) -> None:
         self._url, self._limits, self._keys = url, limits, Keys(prefix)
         self._replica = replica or uuid.uuid4().hex
         self._calls = Calls(url, self._keys, common_arguments(limits, replica_seconds))
-        self._registry = Registry(self._calls, self._keys)
+        self._registry = Registry(self._calls, self._keys, models_seconds)
         self._waits = Waits()
         self._answered: list[str] = []  # to be forgotten with the next sweep
         self._orphans: set[str] = set()  # to be canceled when Redis is back

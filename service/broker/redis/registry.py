@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 
 from service.broker.base import WorkerStatus
@@ -15,12 +16,21 @@ from service.messages import unpack
 class Registry:
     """Metadata may be large, and is fetched once: a digest names it, so it never changes."""
 
-    def __init__(self, calls: Calls, keys: Keys) -> None:
-        self._calls, self._keys = calls, keys
+    def __init__(self, calls: Calls, keys: Keys, models_seconds: float) -> None:
+        """``models_seconds`` is the most that :meth:`models` may be behind."""
+        self._calls, self._keys, self._models_seconds = calls, keys, models_seconds
         self._models: dict[bytes, ModelInfo] = {}
+        self._list: Sequence[ModelInfo] = ()
+        self._asked = -models_seconds
 
     async def models(self) -> Sequence[ModelInfo]:
-        """Every known model, by name."""
+        """Every known model, by name. Every request asks, so an answer may be used again for a little while."""
+        now = time.monotonic()
+        if now - self._asked >= self._models_seconds:
+            self._list, self._asked = await self._known(), now
+        return self._list
+
+    async def _known(self) -> Sequence[ModelInfo]:
         digests = pairs(await self._calls.run("models"))
         await self._learn(digests.values())
         return [self._models[digests[name]] for name in sorted(digests) if digests[name] in self._models]
