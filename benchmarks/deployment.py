@@ -112,8 +112,8 @@ def process(command: Sequence[str], **variables: str) -> Iterator[subprocess.Pop
             os.killpg(started.pid, signal.SIGKILL)
 
 
-def _http_flags(port: int, state: str) -> list[str]:
-    return ["--port", str(port), "--state", state, "--log-level", "warning"]
+def _http_flags(port: int) -> list[str]:
+    return ["--port", str(port), "--log-level", "warning"]
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def embedded(models: Path, *flags: str) -> Iterator[Deployment]:
     """``tarflow serve``, ready."""
     with tempfile.TemporaryDirectory() as state, ExitStack() as stack:
         port, found = free_port(), Deployment()
-        command = [TARFLOW, "serve", "--models", str(models), *_http_flags(port, state), *flags]
+        command = [TARFLOW, "serve", "--models", str(models), "--state", state, *_http_flags(port), *flags]
         found.processes["serve"] = stack.enter_context(process(command))
         found.urls = [f"http://127.0.0.1:{port}"]
         found.wait_ready(1)
@@ -150,8 +150,7 @@ def distributed(
             found.processes[f"worker host {number}"] = stack.enter_context(worker)
         for number in range(apis):
             at = free_port()
-            state = str(Path(directory) / f"state-{number}")
-            command = [TARFLOW, "api", *_http_flags(at, state), *api_flags]
+            command = [TARFLOW, "api", *_http_flags(at), *api_flags]
             found.processes[f"api {number}"] = stack.enter_context(process(command, **url))
             found.urls.append(f"http://127.0.0.1:{at}")
         found.wait_ready(workers)

@@ -17,8 +17,8 @@ from service.calibrator import Calibrator
 from service.drain import Drain, Draining
 from service.drift import Drift
 from service.metrics import ServiceMetrics
-from service.pending import PendingStore
 from service.settings import Settings
+from service.state import State
 
 DECODING_THREADS = 4
 """Requests whose images are decoded at the same time."""
@@ -35,22 +35,23 @@ with **/v1/denoise**. Say what is normal with **/v1/calibrations**. Every error 
 def create_app(
     settings: Settings,
     broker: Broker,
+    state: State,
     *,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
     drain: Drain | None = None,
     restarts: Callable[[], int] = lambda: 0,
 ) -> FastAPI:
-    """Build the app over a broker.
+    """Build the app over a broker and a state.
 
     ``lifespan`` starts and stops what runs beside it, and ``restarts`` reports on that; ``drain`` lets the process
     leave in order. Calibrations that an earlier process accepted go on within the lifespan.
     """
     drain = drain or Drain()
-    store, drift = CalibrationStore(settings.state), Drift(settings.drift_window)
+    store, drift = CalibrationStore(state.calibrations), Drift(settings.drift_window)
     calibrator = Calibrator(
         broker,
         store,
-        PendingStore(settings.state),
+        state.pending,
         batch_rows=settings.batch_rows,
         most=settings.max_calibrations,
         changed=drift.forget,
@@ -72,7 +73,7 @@ def create_app(
         version=version("tarflow"),
         lifespan=with_calibrator,
     )
-    app.state.settings, app.state.broker = settings, broker
+    app.state.settings, app.state.broker, app.state.spool = settings, broker, state.spool
     app.state.calibrations, app.state.calibrator, app.state.drift = store, calibrator, drift
     app.state.metrics = ServiceMetrics(drift)
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)

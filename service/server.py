@@ -26,6 +26,7 @@ from service.jobs import ModelInfo
 from service.pool import Pool
 from service.settings import ApiSettings, ServeSettings, Settings
 from service.state import claimed
+from service.stores import directory
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.1
@@ -131,7 +132,14 @@ def build(settings: ServeSettings, path: Path) -> tuple[FastAPI, Drain, Pool]:
             await server.stop()
             await broker.close()
 
-    app = create_app(settings, broker, lifespan=lifespan, drain=drain, restarts=lambda: pool.restarts)
+    app = create_app(
+        settings,
+        broker,
+        directory.state_in(settings.state),
+        lifespan=lifespan,
+        drain=drain,
+        restarts=lambda: pool.restarts,
+    )
     return app, drain, pool
 
 
@@ -175,10 +183,11 @@ async def _metrics_beside(app: FastAPI, settings: ApiSettings) -> AsyncIterator[
 def api(settings: ApiSettings) -> None:
     """Answer requests, with the work done by workers of the same Redis, until SIGINT or SIGTERM."""
     from service.broker.redis.api import RedisBroker
+    from service.stores.redis import Connection, state_in
 
     _log_to_stderr(settings)
     broker = RedisBroker(settings.redis, settings.limits, prefix=settings.redis_prefix, models_seconds=MODELS_SECONDS)
-    drain = Drain()
+    connection, drain = Connection(settings.redis, settings.redis_prefix), Drain()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -189,5 +198,7 @@ def api(settings: ApiSettings) -> None:
                 yield
         finally:
             await broker.close()
+            connection.close()
 
-    _run(settings, create_app(settings, broker, lifespan=lifespan, drain=drain), drain)
+    state = state_in(connection, settings.lease_seconds)
+    _run(settings, create_app(settings, broker, state, lifespan=lifespan, drain=drain), drain)

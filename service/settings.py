@@ -47,11 +47,6 @@ class Settings(SharedSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all of the host's.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    state: Path = Field(
-        default_factory=default_state,
-        description="Directory of what must outlive the service, such as calibrations; "
-        "by default tarflow in the user's state directory (XDG_STATE_HOME).",
-    )
     default_model: str | None = Field(None, description="Model of requests that name none; by default the first.")
 
     max_images: int = Field(64, ge=1, description="Most images in one request.")
@@ -67,7 +62,8 @@ class Settings(SharedSettings):
         20_000,
         ge=20,
         description="Most normal images of one calibration; while it is made, 20000 take 0.3 GB of memory at 28x28 "
-        "grey, and 0.7 to 1.3 GB at 32x32 in colour, the more the wider the model.",
+        "grey, and 0.7 to 1.3 GB at 32x32 in colour, the more the wider the model. In a Redis "
+        "the images also wait until it is made: 16 and 61 MB of its memory.",
     )
     max_calibration_bytes: int = Field(
         512 * 2**20, ge=1024, description="Largest body of POST /v1/calibrations in bytes; it goes to disk, not memory."
@@ -142,6 +138,12 @@ class RedisSettings(SharedSettings):
 
 class ServeSettings(Settings, ComputeSettings):
     """``tarflow serve``: all in one process and the workers it starts."""
+
+    state: Path = Field(
+        default_factory=default_state,
+        description="Directory of what must outlive the service, such as calibrations; "
+        "by default tarflow in the user's state directory (XDG_STATE_HOME).",
+    )
 
 
 class ApiSettings(RedisSettings, Settings):

@@ -1,6 +1,8 @@
-"""The state directory belongs to one service at a time: two would work on, and delete, the same unfinished work.
+"""What outlives a process: where it is kept, and for files, that they belong to one service at a time.
 
-STATE/service.lock   locked while a service runs; holds its process id
+Two services would work on, and delete, the same unfinished work:
+
+    STATE/service.lock   locked while a service runs; holds its process id
 """
 
 from __future__ import annotations
@@ -10,11 +12,25 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from service.calibrations import CalibrationFiles
+from service.pending import PendingStore
 
 log = logging.getLogger(__name__)
 LOCK = "service.lock"
 """It stays when the service ends: removing it would let two processes lock two files of this name."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where an app keeps what its users gave it: :mod:`service.stores` has the kinds."""
+
+    calibrations: CalibrationFiles
+    pending: PendingStore
+    spool: Path
+    """Directory of uploads while they are read; nothing in it outlives a request."""
 
 
 @contextmanager

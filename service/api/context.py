@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Annotated
 
 from anyio import CapacityLimiter
@@ -30,6 +31,7 @@ class Context:
         self.broker: Broker = request.app.state.broker
         self.calibrations: CalibrationStore = request.app.state.calibrations
         self.calibrator: Calibrator = request.app.state.calibrator
+        self.spool: Path = request.app.state.spool
         self.drift: Drift = request.app.state.drift
         self.metrics: ServiceMetrics = request.app.state.metrics
         self.decoding: CapacityLimiter = request.app.state.decoding

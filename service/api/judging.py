@@ -66,6 +66,7 @@ async def verdicts_of(
         [verdict.p_value for verdict in verdicts],
         [verdict.is_anomaly for verdict in verdicts],
         num_calibration=question.calibration.record.num_calibration,
+        version=question.calibration,
     )
     return verdicts
 

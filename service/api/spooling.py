@@ -122,7 +122,8 @@ async def spooled_form(request: Request, directory: Path, max_files: int) -> Asy
             yield await _parsed(request, options[b"boundary"], _Collector(file, max_files))
     except OSError as error:
         raise InternalError(
-            f"the upload cannot be kept ({error.strerror}); the setting 'state' names its directory",
+            f"the upload cannot be kept ({error.strerror}); the setting 'state', or TMPDIR of tarflow api, names "
+            "its directory",
             code="state_unwritable",
         ) from error
 

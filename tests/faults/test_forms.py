@@ -50,7 +50,7 @@ def imported(form: str, variables: dict[str, str], log: Path, *flags: str | Path
 
 def test_only_workers_import_torch(cluster: Cluster, tmp_path: Path) -> None:
     """Neither the API does, nor the parent of workers."""
-    variables = environment(TARFLOW_REDIS=cluster.url, TARFLOW_STATE=str(tmp_path / "state"))
+    variables = environment(TARFLOW_REDIS=cluster.url)
     api = imported("api", variables, tmp_path / "api", "--port", "0", until="Uvicorn running")
     assert {"service.broker.redis.api", "service.app", "redis"} <= api
     parent = imported("worker", variables, tmp_path / "parent", "--device", "cpu", until="service.broker.redis.burying")

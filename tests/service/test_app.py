@@ -18,6 +18,7 @@ from service.broker.base import USUAL, Accepted, Terms
 from service.broker.memory import MemoryBroker
 from service.jobs import Job, ModelInfo, Op, WorkerInfo
 from service.settings import Settings
+from service.stores.directory import state_in
 from tests.service.broker.conftest import AMPLE
 
 pytestmark = pytest.mark.anyio
@@ -33,13 +34,13 @@ class Broken(MemoryBroker):
 
 def make(models: Path, kind: type[MemoryBroker] = MemoryBroker, *, worker: bool = True, **changes: Any) -> Any:
     """An app, with a worker that never claims anything."""
-    settings = Settings(max_body_bytes=SMALL, **{"state": models / ".state", **changes})
+    settings = Settings(max_body_bytes=SMALL, **changes)
     broker = kind(replace(AMPLE, max_queue_cost=settings.max_queue_cost))
     infos = tuple(ModelInfo.of(bundle) for bundle in find_bundles(models))
     broker.announce(infos)
     if worker:
         broker.register(WorkerInfo(id="w", device="cpu", models=infos))
-    return create_app(settings, broker)
+    return create_app(settings, broker, state_in(models / ".state"))
 
 
 def connect(app: Any) -> httpx.AsyncClient:

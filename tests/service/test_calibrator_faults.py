@@ -14,7 +14,8 @@ import pytest
 from service.calibrations import CalibrationStore
 from service.calibrator import MOST_ATTEMPTS
 from service.jobs import Job, JobResult, ModelInfo, WorkerInfo
-from service.pending import Pending, PendingStore
+from service.pending import Pending
+from service.stores.directory import CalibrationDirectory, PendingDirectory
 from tests.service.api.test_calibrations import COUNT, PATH, normal
 from tests.service.pictures import pixels
 from tests.service.test_calibrator import (
@@ -26,6 +27,7 @@ from tests.service.test_calibrator import (
     has_failed,
     is_ready,
     left,
+    pending,
     service,
     statistics,
 )
@@ -59,11 +61,11 @@ async def test_a_calibration_that_the_service_dies_of_is_given_up(models: Path, 
     async with service(models, tmp_path) as served:
         await served.post("deadly")
         await served.claim()
-    store = PendingStore(tmp_path)
-    [pending] = list(store.scan())
     for crashes in range(MOST_ATTEMPTS):
         # A process that is killed ends nothing; one that leaves in order does, and counts for nothing.
-        assert store.begin(pending) == crashes
+        claim = pending(tmp_path).claim([NAME])
+        assert claim is not None
+        assert claim.crashes == crashes
         if crashes + 1 < MOST_ATTEMPTS:
             async with service(models, tmp_path) as served:
                 await served.answer()
@@ -94,7 +96,7 @@ async def test_the_model_is_the_one_that_is_served_when_its_turn_comes(models: P
         await finish_anew(served, "second")
         assert job.model == NAME
         model = await served_model(served)
-        assert CalibrationStore(tmp_path).get(model, "second").record.model_id == OTHER
+        assert CalibrationStore(CalibrationDirectory(tmp_path)).get(model, "second").record.model_id == OTHER
 
 
 async def finish_anew(served: Service, name: str) -> None:
@@ -124,7 +126,7 @@ async def test_a_model_that_is_replaced_begins_it_anew(models: Path, tmp_path: P
         for _ in range(COUNT // BATCH):
             job = await served.answer()
         assert (await served.until(is_ready, "a"))["usable"]
-        made = CalibrationStore(tmp_path).get(await served_model(served), "a")
+        made = CalibrationStore(CalibrationDirectory(tmp_path)).get(await served_model(served), "a")
         assert made.record.model_id == OTHER
         # Nothing of the first statistics, which were all alike, is in it.
         assert not (made.sorted_scores["nll"] == 7.0).any()
@@ -140,14 +142,14 @@ async def test_workers_of_different_weights_are_told(models: Path, tmp_path: Pat
     assert left(tmp_path, "*.npy") != []
 
 
-@pytest.mark.parametrize("step", ["write", "place"])
+@pytest.mark.parametrize("step", ["write", "_swap"])
 async def test_a_run_goes_on_when_its_successor_cannot_be_kept(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     async with service(models, tmp_path) as served:
         await served.post("a", seed="1")
         await served.answer()
-        monkeypatch.setattr(PendingStore, step, full_disk)
+        monkeypatch.setattr(PendingDirectory, step, full_disk)
         response = await served.post("a", seed="2", replace="true")
         assert (response.status_code, response.json()["error"]["code"]) == (500, "state_unwritable")
         monkeypatch.undo()
@@ -162,12 +164,12 @@ async def test_a_run_goes_on_when_it_cannot_be_deleted(
     async with service(models, tmp_path) as served:
         await served.post("a")
         await served.answer()
-        monkeypatch.setattr(PendingStore, "remove", full_disk)
+        monkeypatch.setattr(PendingDirectory, "remove", full_disk)
         response = await served.client.delete(f"{PATH}/a", params=MODEL)
         assert (response.status_code, response.json()["error"]["code"]) == (500, "state_unwritable")
         monkeypatch.undo()
         await finish_anew(served, "a")
-        monkeypatch.setattr(CalibrationStore, "delete", full_disk)
+        monkeypatch.setattr(CalibrationDirectory, "delete", full_disk)
         response = await served.client.delete(f"{PATH}/a", params=MODEL)
         assert (response.status_code, response.json()["error"]["code"]) == (500, "state_unwritable")
         monkeypatch.undo()
@@ -175,21 +177,26 @@ async def test_a_run_goes_on_when_it_cannot_be_deleted(
 
 
 async def test_a_place_that_cannot_be_taken_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, old = PendingStore(tmp_path), Pending(model=NAME, name="a", seed=1, num_images=2, created=1)
-    store.save(old, pixels(8, 1, 0)[None, None].repeat(2, axis=0))
-    arriving = store.write(replace(old, seed=2), pixels(8, 1, 0)[None, None].repeat(2, axis=0))
+    store, old = pending(tmp_path), Pending(model=NAME, name="a", seed=1, num_images=2, created=1)
+    new = replace(old, seed=2, id="new")
+    images = pixels(8, 1, 0)[None, None].repeat(2, axis=0)
+    for job in (old, new):
+        store.write(job, images)
+    store.place(old, replace=False, most=100)
     rename = Path.rename
 
     def refuse(path: Path, target: Path) -> Path:
-        if path == arriving:
+        if path.name == ".new":
             full_disk()
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="No space"):
-        store.place(replace(old, seed=2), arriving)
-    assert list(store.scan()) == [old]
-    assert store.images(old).shape[0] == 2
+        store.place(new, replace=True, most=100)
+    assert [run.pending for run in store.runs(NAME)] == [old]
+    claim = store.claim([NAME])
+    assert claim is not None
+    assert store.images(claim).shape[0] == 2
     assert len(left(tmp_path / "calibrations" / NAME / ".pending", "*")) == 1
 
 
@@ -198,7 +205,7 @@ async def test_a_calibration_that_cannot_be_kept_has_failed(
 ) -> None:
     async with service(models, tmp_path) as served:
         await served.post("a")
-        monkeypatch.setattr(CalibrationStore, "save", full_disk)
+        monkeypatch.setattr(CalibrationDirectory, "write", full_disk)
         for _ in range(COUNT // BATCH):
             await served.answer()
         await served.until(has_failed, "a")

@@ -52,7 +52,11 @@ def test_the_console_script_knows_its_commands() -> None:
     ("form", "own", "others"),
     [
         ("serve", ["--port", "--device", "--state"], ["--redis", "--grace-seconds", "--metrics-port"]),
-        ("api", ["--port", "--redis", "--metrics-port", "--caller-share"], ["--device", "--models", "--threads"]),
+        (
+            "api",
+            ["--port", "--redis", "--metrics-port", "--caller-share"],
+            ["--device", "--models", "--threads", "--state"],
+        ),
         ("worker", ["--devices", "--redis", "--models", "--grace-seconds"], ["--port", "--host", "--max-images"]),
     ],
 )

@@ -26,7 +26,8 @@ class Registry:
     async def models(self) -> Sequence[ModelInfo]:
         """Every known model, by name. Every request asks, so an answer may be used again for a little while."""
         now = time.monotonic()
-        if now - self._asked >= self._models_seconds:
+        # An empty list is never used again: who was told that a worker is ready is not told that there is no model.
+        if not self._list or now - self._asked >= self._models_seconds:
             self._list, self._asked = await self._known(), now
         return self._list
 

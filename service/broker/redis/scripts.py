@@ -22,7 +22,11 @@ class Script:
 @cache
 def script(name: str) -> Script:
     """The operation's script; a Redis that does not know its digest is sent the source."""
-    lua = files("service.broker.redis") / "lua"
-    parts = (*_BEGINNING, *(("admission",) if name in _ADMITTING else ()), name)
-    source = "\n".join((lua / f"{part}.lua").read_text("utf-8") for part in parts)
+    return composed("service.broker.redis", *_BEGINNING, *(("admission",) if name in _ADMITTING else ()), name)
+
+
+@cache
+def composed(package: str, *parts: str) -> Script:
+    """The files of a package's folder ``lua``, one after the other."""
+    source = "\n".join((files(package) / "lua" / f"{part}.lua").read_text("utf-8") for part in parts)
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
