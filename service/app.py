@@ -10,6 +10,7 @@ import anyio
 from fastapi import FastAPI
 
 from service.api import administering, calibrating, classifying, envelope, health, models, sampling, scoring
+from service.api.door import Door
 from service.api.observing import BodyLimit, BodyLimits, Observing
 from service.broker.base import Broker
 from service.calibrations import CalibrationStore
@@ -74,6 +75,7 @@ def create_app(
         lifespan=with_calibrator,
     )
     app.state.settings, app.state.broker, app.state.spool = settings, broker, state.spool
+    app.state.door = Door(broker)
     app.state.calibrations, app.state.calibrator, app.state.drift = store, calibrator, drift
     app.state.metrics = ServiceMetrics(drift)
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)

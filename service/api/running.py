@@ -47,7 +47,7 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
     """
     start = time.monotonic()
     timeout = context.settings.request_timeout
-    await context.broker.submit(job, Terms(timeout=timeout))
+    await context.door.submit(job, Terms(timeout=timeout))
     result = asyncio.create_task(context.broker.wait(job.id, timeout))
     gone = asyncio.create_task(_disconnected(context.request))
     try:

@@ -84,6 +84,9 @@ class BrokerServer:
             held, measurements = arguments
             orders = broker.heartbeat(worker_id, [Held(**each) for each in held], measurements)
             return {"lost": sorted(orders.lost), "commands": [vars(command) for command in orders.commands]}
+        if method == "complete_all":
+            results = ((job_id, attempt, JobResult.from_wire(result)) for job_id, attempt, result in arguments)
+            return [broker.complete(worker_id, *result) for result in results]
         job_id, attempt, *rest = arguments
         if method == "complete":
             return broker.complete(worker_id, job_id, attempt, JobResult.from_wire(rest[0]))
@@ -146,6 +149,9 @@ class SocketWorkerBroker(WorkerBroker):
 
     def complete(self, job: Job, result: JobResult) -> bool:
         return bool(self._call("complete", job.id, job.attempt, result.to_wire()))
+
+    def complete_all(self, results: Sequence[tuple[Job, JobResult]]) -> list[bool]:
+        return list(self._call("complete_all", *([job.id, job.attempt, result.to_wire()] for job, result in results)))
 
     def fail(self, job: Job, error: ServiceError) -> bool:
         return bool(self._call("fail", job.id, job.attempt, error.to_wire()))

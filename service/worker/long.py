@@ -15,7 +15,7 @@ from service.worker.faults import BATCH_FAULTS, check_device, is_out_of_memory, 
 from service.worker.loading import LoadedModel
 from service.worker.meeting import Meetings
 from service.worker.metrics import WorkerMetrics
-from service.worker.outcomes import Outcomes
+from service.worker.outcomes import Finished, Outcomes
 from service.worker.parts import Part, pack
 from service.worker.room import Room
 
@@ -219,8 +219,9 @@ class LongWork:
             if results:
                 parts = [part for part, _ in results]
                 self._outcomes.batch([part.job for part in parts], sum(p.rows for p in parts), cohort.seconds)
-            for part, arrays in results:
-                self._outcomes.deliver(part, arrays, cohort.seconds_of(part), cohort.plan_of(part))
+            self._outcomes.deliver(
+                [Finished(part, arrays, cohort.seconds_of(part), cohort.plan_of(part)) for part, arrays in results]
+            )
             return
         # Out here the exception is gone, and with it what its frames held.
         if out_of_memory:

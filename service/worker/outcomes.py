@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from service.broker.base import WorkerBroker
 from service.errors import InternalError
@@ -14,6 +15,16 @@ from service.worker.parts import Assembly, Part
 from service.worker.scoring import Arrays
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What was made of a part of a job."""
+
+    part: Part
+    arrays: Arrays
+    seconds: float
+    plan: Sequence[str] = ()
 
 
 class Outcomes:
@@ -67,8 +78,18 @@ class Outcomes:
         """Which share of a job's rows is finished."""
         return self._assembly.share(job)
 
-    def deliver(self, part: Part, arrays: Arrays, seconds: float, plan: Sequence[str] = ()) -> None:
-        """A part is finished; with the last of a job's the job is."""
+    def deliver(self, finished: Sequence[Finished]) -> None:
+        """Parts are finished; with the last of a job's the job is."""
+        results = [(each.part.job, whole) for each in finished if (whole := self._whole(each)) is not None]
+        if not results:
+            return
+        for (job, _), wanted in zip(results, self._broker.complete_all(results), strict=True):
+            if not wanted:
+                log.info("the result of %s was not wanted any more", job.id)
+
+    def _whole(self, finished: Finished) -> JobResult | None:
+        """Count a part, and put the job's result together if that was the last."""
+        part, arrays, plan = finished.part, finished.arrays, finished.plan
         job = part.job
         labels = {"model": job.model, "op": str(job.op)}
         self._metrics.images.labels(**labels).inc(part.rows)
@@ -79,9 +100,7 @@ class Outcomes:
         if plan:
             tolerance = float(job.payload["solver"]["tolerance"])
             self._metrics.observe_sampling(job.model, plan, tolerance, arrays)
-        whole = self._assembly.add(part, arrays, seconds, plan)
+        whole = self._assembly.add(part, arrays, finished.seconds, plan)
         if whole is None:
-            return
-        result = JobResult(arrays=whole.arrays, inference_seconds=whole.seconds, plan=whole.plan)
-        if not self._broker.complete(job, result):
-            log.info("the result of %s was not wanted any more", job.id)
+            return None
+        return JobResult(arrays=whole.arrays, inference_seconds=whole.seconds, plan=whole.plan)

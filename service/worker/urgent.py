@@ -9,7 +9,7 @@ from service.jobs import Job
 from service.worker.ceilings import Ceilings
 from service.worker.faults import BATCH_FAULTS, check_device, is_out_of_memory, make_room
 from service.worker.loading import MOST_SLICE_ROWS, LoadedModel
-from service.worker.outcomes import Outcomes
+from service.worker.outcomes import Finished, Outcomes
 from service.worker.parts import Part
 from service.worker.scoring import RUN, Arrays, network_rows
 
@@ -72,8 +72,9 @@ class UrgentWork:
         seconds = time.perf_counter() - start
         if results is not None:
             self._outcomes.batch(jobs, sum(job.rows for job in jobs), seconds)
-            for job, arrays in zip(jobs, results, strict=True):
-                self._outcomes.deliver(Part.whole(job), arrays, seconds)
+            pairs = zip(jobs, results, strict=True)
+            self._outcomes.deliver([Finished(Part.whole(job), arrays, seconds) for job, arrays in pairs])
+            for job in jobs:
                 del self._jobs[job.id]
         elif len(jobs) > 1:
             for job in jobs:

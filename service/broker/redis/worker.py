@@ -26,6 +26,7 @@ from service.messages import MessageError, pack, unpack
 
 log = logging.getLogger(__name__)
 
+Arguments = tuple[str | bytes | int | float, ...]
 PAUSE_SECONDS = 0.25
 """After a failure nothing is asked for so long, so that a worker with work is not held up by a dead connection."""
 LONGEST_PAUSE_SECONDS = 1.0
@@ -81,6 +82,16 @@ class RedisWorkerBroker(WorkerBroker):
             log.warning("redis at %s is back", public(self._url))
         self._reachable = True
         return answer
+
+    def _call_each(self, name: str, calls: Sequence[Arguments]) -> list[Any] | None:
+        """The answers of a script to several calls in one round trip; ``None`` when one of them failed."""
+        sha, pipeline = script(name).sha, self._redis.pipeline(transaction=False)
+        for arguments in calls:
+            pipeline.execute_command("EVALSHA", sha, 1, self._keys.base, *self._common, *arguments)
+        try:
+            return list(pipeline.execute())
+        except (RedisError, OSError):
+            return None  # one at a time, what is wrong is looked at
 
     def _away(self, error: Exception) -> Exception:
         """The error to raise, with one line in the log an outage."""
@@ -211,15 +222,30 @@ class RedisWorkerBroker(WorkerBroker):
             self._call("publish", self._owner, job.id, job.attempt, kind, pack(dict(data)))
 
     def complete(self, job: Job, result: JobResult) -> bool:
-        return self._deliver(job, JobState.COMPLETED, b"", pack(result.to_wire()))
+        return self._deliver(job, self._completion(job, result))
+
+    def complete_all(self, results: Sequence[tuple[Job, JobResult]]) -> list[bool]:
+        deliveries = [(job, self._completion(job, result)) for job, result in results]
+        answers = self._call_each("deliver", [arguments for _, arguments in deliveries])
+        if answers is None:
+            # What has arrived of it is recognized by its token.
+            return [self._deliver(job, arguments) for job, arguments in deliveries]
+        for job, _ in deliveries:
+            self._detached.pop(job.id, None)
+        return [bool(answer) for answer in answers]
 
     def fail(self, job: Job, error: ServiceError) -> bool:
-        return self._deliver(job, JobState.FAILED, json.dumps(error.to_wire()), b"")
+        return self._deliver(job, self._delivery(job, JobState.FAILED, json.dumps(error.to_wire()), b""))
 
-    def _deliver(self, job: Job, state: JobState, error: str | bytes, result: bytes) -> bool:
+    def _completion(self, job: Job, result: JobResult) -> Arguments:
+        return self._delivery(job, JobState.COMPLETED, b"", pack(result.to_wire()))
+
+    def _delivery(self, job: Job, state: JobState, error: str | bytes, result: bytes) -> Arguments:
+        return (self._owner, job.id, job.attempt, uuid.uuid4().hex, state, error, result)
+
+    def _deliver(self, job: Job, arguments: Arguments) -> bool:
         """However long Redis is away: the lease, or the attempt of who has the job then, decides what it is worth."""
-        token = uuid.uuid4().hex
-        return bool(self._insist("deliver", self._owner, job.id, job.attempt, token, state, error, result, job=job))
+        return bool(self._insist("deliver", *arguments, job=job))
 
     def release(self, job: Job) -> None:
         self._insist("release", self._owner, job.id, job.attempt, "handed back", job=job)

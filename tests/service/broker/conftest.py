@@ -62,6 +62,7 @@ class Worker(Protocol):
     async def heartbeat(self, held: Sequence[Held] = ..., figures: Sequence[Mapping[str, Any]] = ...) -> Orders: ...
     async def publish(self, job: Job, kind: str, data: Mapping[str, Any]) -> None: ...
     async def complete(self, job: Job, result: JobResult) -> bool: ...
+    async def complete_all(self, results: Sequence[tuple[Job, JobResult]]) -> list[bool]: ...
     async def fail(self, job: Job, error: ServiceError) -> bool: ...
     async def release(self, job: Job) -> None: ...
     async def leave(self) -> None: ...
@@ -87,6 +88,9 @@ class LocalWorker:
 
     async def complete(self, job: Job, result: JobResult) -> bool:
         return self._broker.complete(self.id, job.id, job.attempt, result)
+
+    async def complete_all(self, results: Sequence[tuple[Job, JobResult]]) -> list[bool]:
+        return [await self.complete(job, result) for job, result in results]
 
     async def fail(self, job: Job, error: ServiceError) -> bool:
         return self._broker.fail(self.id, job.id, job.attempt, error)
@@ -118,6 +122,9 @@ class ThreadWorker:
 
     async def complete(self, job: Job, result: JobResult) -> bool:
         return await asyncio.to_thread(self.face.complete, job, result)
+
+    async def complete_all(self, results: Sequence[tuple[Job, JobResult]]) -> list[bool]:
+        return await asyncio.to_thread(self.face.complete_all, results)
 
     async def fail(self, job: Job, error: ServiceError) -> bool:
         return await asyncio.to_thread(self.face.fail, job, error)

@@ -51,6 +51,21 @@ async def test_there_is_one_result(bench: Bench) -> None:
     assert (await bench.broker.wait("a", LONG_ENOUGH)).arrays["value"][0] == 1.0
 
 
+async def test_results_of_a_batch_arrive_together(bench: Bench) -> None:
+    worker = await bench.worker()
+    for name in "abc":
+        await bench.broker.submit(job(name))
+    claimed = await worker.claim()
+    await bench.broker.cancel("b")
+    results = [(got, result(number)) for number, got in enumerate(claimed)]
+    assert await worker.complete_all(results) == [True, False, True]
+    assert (await bench.broker.wait("a", LONG_ENOUGH)).arrays["value"][0] == 0
+    assert (await bench.broker.wait("c", LONG_ENOUGH)).arrays["value"][0] == 2
+    with pytest.raises(Canceled):
+        await bench.broker.wait("b", LONG_ENOUGH)
+    assert await worker.complete_all([]) == []
+
+
 async def test_jobs_are_claimed_in_their_order(bench: Bench) -> None:
     worker = await bench.worker()
     for name in "abc":

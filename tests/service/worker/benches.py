@@ -40,9 +40,9 @@ class Listening(SocketWorkerBroker):
         self.measured.append(len(measurements))
         return super().heartbeat(held, measurements)
 
-    def complete(self, job: Job, result: JobResult) -> bool:
-        self.completed.append(job.id)
-        return super().complete(job, result)
+    def complete_all(self, results: Sequence[tuple[Job, JobResult]]) -> list[bool]:
+        self.completed += [job.id for job, _ in results]
+        return super().complete_all(results)
 
 
 class Bench:

@@ -35,6 +35,9 @@ class Tray(WorkerBroker):
         self.results[job.id] = result
         return True
 
+    def complete_all(self, results: Sequence[tuple[Job, JobResult]]) -> list[bool]:
+        return [self.complete(job, result) for job, result in results]
+
     def fail(self, job: Job, error: ServiceError) -> bool:
         assert job.id not in self.results
         assert job.id not in self.errors
