@@ -78,6 +78,23 @@ async def test_unknown_jobs_are_not_found(bench: Bench) -> None:
     assert not await bench.broker.cancel("x")
 
 
+async def test_only_detached_jobs_have_events(bench: Bench) -> None:
+    await bench.worker()
+    await bench.broker.submit(job("a"))
+    with pytest.raises(NotFound, match="'a'"):
+        await told(bench, "a")
+    with pytest.raises(NotFound):
+        await bench.broker.status("")
+
+
+@pytest.mark.parametrize("after", ["", "x", "-1", "9" * 30, "9" * 30 + "-0", "\u0661", "\u0661-\u0661", "1" * 5000])
+async def test_an_id_that_no_event_can_have_hides_none(bench: Bench, after: str) -> None:
+    await bench.worker()
+    await bench.broker.submit(job("a"), Terms(detached=True))
+    await bench.broker.cancel("a")
+    assert [event.kind async for event in bench.broker.events("a", after)] == ["queued", "canceled"]
+
+
 async def test_results_are_forgotten_in_time(bench: Bench) -> None:
     worker = await bench.worker()
     terms = Terms(detached=True, keep_seconds=0.2, idempotency_key="k", caller="a")

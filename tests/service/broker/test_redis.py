@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from service.broker.base import BrokerGone, Command, Limits, Terms
 from service.broker.redis.api import RedisBroker
 from service.broker.redis.worker import RedisWorkerBroker
-from service.errors import Canceled, Overloaded, WorkerLost
+from service.errors import Canceled, Overloaded, TimedOut, Unavailable, WorkerLost
 from service.jobs import JobResult, JobState, Lane, Op
 from tests.service.broker.conftest import AMPLE, held, info, job, result
 from tests.service.broker.redis_server import RedisServer
@@ -302,3 +303,57 @@ async def test_waiters_of_a_process_that_stops_are_told(replica: Replica, new_wo
     assert worker.heartbeat(held(got)).lost == {"a"}
     with pytest.raises(Canceled):
         await other.result("a")
+
+
+async def test_a_repetition_that_could_not_be_told_waits_for_nothing(
+    replica: Replica, new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, worker, terms = replica(), new_worker(), Terms(caller="a", idempotency_key="k")
+    await broker.start()
+    await broker.submit(job("a"), terms)
+    with monkeypatch.context() as patch:
+        patch.setattr(broker._calls, "fields", AsyncMock(side_effect=Unavailable("away")))
+        with pytest.raises(Unavailable):
+            await broker.submit(job("b"), terms)
+    [got] = worker.claim(LANES, 1, 0)
+    worker.complete(got, result())
+    await broker.wait("a", LONG_ENOUGH)
+    assert broker.idle
+
+
+async def test_who_waits_for_an_end_that_redis_forgot_waits_on(
+    redis_server: RedisServer, replica: Replica, new_worker: NewWorker
+) -> None:
+    broker, worker = replica(), new_worker()
+    await broker.submit(job("a"))
+    [got] = worker.claim(LANES, 1, 0)
+    large = JobResult(arrays={"value": np.zeros(10_000)}, inference_seconds=0.5)
+    worker.complete(got, large)
+    with redis_server.client() as client:  # as a restart does that loses the last second
+        client.hset("{tarflow}:job:a", "state", "running")
+        client.hdel("{tarflow}:job:a", "result")
+    await broker.start()
+    waiting = asyncio.create_task(broker.wait("a", 0.5))
+    await asyncio.wait({waiting}, timeout=LONG_ENOUGH / 10)
+    assert waiting.done()
+    assert isinstance(waiting.exception(), TimedOut)
+
+
+async def test_results_arrive_however_many_follow_events(
+    redis_server: RedisServer, replica: Replica, new_worker: NewWorker
+) -> None:
+    broker, worker = replica(), new_worker()
+    await broker.submit(job("followed"), DETACHED)
+
+    async def follow() -> str:
+        return [event.kind async for event in broker.events("followed")][-1]
+
+    following = [asyncio.create_task(follow()) for _ in range(120)]
+    await broker.start()
+    with redis_server.client() as client:
+        await until(lambda: client.info("clients")["blocked_clients"] > len(following))
+    await broker.submit(job("a"))
+    for got in worker.claim(LANES, 2, 0):
+        worker.complete(got, result())
+    await broker.wait("a", 4.0)  # before anybody asks again by itself
+    assert set(await asyncio.gather(*following)) == {"completed"}

@@ -137,3 +137,34 @@ async def test_a_worker_notices_that_the_broker_is_gone(server: BrokerServer, pa
 def test_without_a_broker_there_is_no_worker(path: Path) -> None:
     with pytest.raises(BrokerGone, match="no broker listens"):
         SocketWorkerBroker(path)
+
+
+@pytest.mark.usefixtures("server")
+async def test_a_worker_that_died_while_it_waited_costs_no_attempt(broker: MemoryBroker, path: Path) -> None:
+    waiting, writer = await asyncio.open_unix_connection(str(path))
+    writer.write(frame(["register", [INFO.to_wire()]]) + frame(["claim", [sorted(Lane), 1, 60.0]]))
+    await waiting.read(1)
+    writer.close()
+    await asyncio.sleep(0.1)
+    await broker.submit(job("a"))
+    while await broker.workers():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    status = await broker.status("a")
+    assert (status.state, status.attempt) == ("queued", 1)
+
+
+@pytest.mark.usefixtures("server")
+async def test_the_end_of_an_old_connection_leaves_the_new_one_alone(broker: MemoryBroker, path: Path) -> None:
+    old = await registered(path)
+    await broker.submit(job("a"))
+    [lost] = await asyncio.to_thread(old.claim, set(Lane), 1, 0)
+    new = await registered(path)
+    assert (await broker.status("a")).attempt == lost.attempt + 1
+    with pytest.raises(BrokerGone):
+        await asyncio.to_thread(old.complete, lost, result())
+    old.close()
+    await asyncio.sleep(0.1)
+    assert [status.info.id for status in await broker.workers()] == ["w1"]
+    [got] = await asyncio.to_thread(new.claim, set(Lane), 1, 0)
+    assert await asyncio.to_thread(new.complete, got, result())
+    new.close()

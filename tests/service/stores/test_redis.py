@@ -229,3 +229,12 @@ def test_another_version_of_the_service(connect: Connect, redis_server: RedisSer
     [run] = store.runs("m")
     assert run.pending.error is not None
     assert store.remove("m", "a")
+
+
+def test_an_upload_expires_from_its_first_command_on(connect: Connect, redis_server: RedisServer) -> None:
+    """A process may die after any."""
+    store = connect().pending
+    with redis_server.client() as client:
+        store.write(pending("a", num_images=0), images(0))
+        [ttl] = keys(client).values()
+        assert 0 < ttl <= 1000 * ARRIVING_SECONDS
