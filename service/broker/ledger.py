@@ -74,6 +74,7 @@ class Ledger:
         self._keys: dict[tuple[str, str], str] = {}
         self._cost_of: Counter[str] = Counter()  # waiting, by caller
         self._waiting_cost = 0
+        self._open: Counter[Lane] = Counter()  # jobs that have not ended
         self._number = 0
         self._reclaimed = self._dead = 0
 
@@ -118,7 +119,11 @@ class Ledger:
             return earlier
         self.check(job.cost, terms.caller)
         self._number += 1
-        turn = self._clocks[lane_of(job.op)].turn(terms.caller, terms.priority, job.cost, self._number)
+        lane = lane_of(job.op)
+        if not self._open[lane]:
+            self._clocks[lane].rest()
+        self._open[lane] += 1
+        turn = self._clocks[lane].turn(terms.caller, terms.priority, job.cost, self._number)
         entry = Entry(job, terms, turn, created=time.time(), submitted=self._clock())
         self.entries[job.id] = entry
         if entry.key is not None:
@@ -336,6 +341,7 @@ class Ledger:
     def _end(self, entry: Entry, outcome: JobResult | ServiceError) -> None:
         if entry.state is JobState.QUEUED:
             self._dequeue(entry)
+        self._open[lane_of(entry.job.op)] -= 1
         entry.owner, entry.ended, entry.outcome = None, self._clock(), outcome
         # What it needed as input is not kept with its result.
         entry.job = replace(entry.job, payload={})

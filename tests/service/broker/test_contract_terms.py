@@ -64,6 +64,23 @@ async def test_who_was_idle_gets_no_credit(bench: Bench) -> None:
     assert done == {"a": 5, "b": 5}
 
 
+async def test_work_that_nobody_else_wanted_is_not_held_against_its_caller(bench: Bench) -> None:
+    worker = await bench.worker()
+    for number, ends in enumerate(("completed", "canceled")):
+        await bench.broker.submit(job(f"large-{number}", cost=50), Terms(caller="a"))
+        if ends == "completed":
+            [done] = await worker.claim()
+            await worker.complete(done, result())
+        else:
+            await bench.broker.cancel(f"large-{number}")
+        await bench.broker.submit(job(f"a{number}"), Terms(caller="a"))
+        await bench.broker.submit(job(f"b{number}"), Terms(caller="b"))
+        got = [await worker.claim(max_rows=1) for _ in range(2)]
+        assert [jobs[0].id for jobs in got] == [f"a{number}", f"b{number}"]
+        for [claimed] in got:
+            await worker.complete(claimed, result())
+
+
 async def test_lanes_have_clocks_of_their_own(bench: Bench) -> None:
     worker = await bench.worker()
     for number in range(10):

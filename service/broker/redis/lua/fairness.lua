@@ -11,6 +11,9 @@ local function turn(lane, flow, cost, weight)
   return finish, start
 end
 
+-- Nothing waits or runs in the lane: what was done while nobody else wanted any is not held against its flow.
+local function begin_anew(lane) call('DEL', P .. 'flows:' .. lane) end
+
 -- A job was taken: time goes on, and flows that are behind it are forgotten.
 local function took(lane, start)
   if start > virtual_now(lane) then

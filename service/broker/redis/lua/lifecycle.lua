@@ -52,6 +52,7 @@ end
 local function finish(job, state, error, result, token)
   if job.state == 'queued' then dequeue(job) else drop_lease(job) end
   call('ZREM', DEADLINES, job.id)
+  call('HINCRBY', STATE, 'open:' .. job.lane, -1)
   local keep = math.max(1, tonumber(job.keep))
   call('HDEL', job.key, 'payload', 'owner')
   call('HSET', job.key, 'state', state, 'ended', now, 'expires', now + keep, 'token', token or '')

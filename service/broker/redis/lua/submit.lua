@@ -24,6 +24,7 @@ if refusal then return refusal end
 
 local number = call('HINCRBY', STATE, 'number', 1)
 if call('ZCARD', DEADLINES) == 0 then rouse() end
+if call('HINCRBY', STATE, 'open:' .. arg(3), 1) == 1 then begin_anew(arg(3)) end
 local last, start = turn(arg(3), arg(8) .. ':' .. caller, cost, tonumber(arg(9)))
 local inboxes = detached == '0' and replica or ''
 call('HSET', key, 'state', 'queued', 'op', arg(2), 'lane', arg(3), 'model', arg(4), 'rows', arg(5), 'cost', arg(6),
