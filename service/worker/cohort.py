@@ -199,10 +199,11 @@ class Cohort:
         here, there = self.boundary, other.boundary
         if here is None or there is None:
             raise ValueError("cohorts join where both stand at a boundary")
-        plan = self._plan_for(here, there, _strictest([*self.parts, *other.parts]))
+        # First of all: whatever fails from here on, all parts are known to be here.
         self._row_parts += other._row_parts
         self.parts += other.parts
         self._dropped |= other._dropped
+        plan = self._plan_for(here, there, _strictest(self.parts))
         for part in other.parts:
             self._seconds_before[part] = other.seconds_of(part) - self.seconds
         self._words |= other._words

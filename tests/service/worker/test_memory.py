@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.bundle import read_bundle
 from model.sampling.kernel import BlockKernel
+from model.sampling.rows import Rows
 from service.jobs import EXIT_DEVICE_LOST, Job
 from service.worker import ceilings as ceilings_module
 from service.worker import faults, room
@@ -309,3 +310,24 @@ def test_a_device_that_fails_for_good_ends_the_process(
 
 def test_a_device_that_works_goes_on() -> None:
     check_device(torch.device("cpu"))
+
+
+def test_cohorts_that_have_no_memory_to_become_one_lose_no_job(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are copied when cohorts meet, and that may be what does not fit any more."""
+    desk, jobs = Desk(tiny), [decode(name, rows=2, seed=seed) for seed, name in enumerate("ab")]
+    failures = iter([torch.OutOfMemoryError("rows")])
+    concatenate = Rows.concatenate
+
+    def scarce(parts: Sequence[Rows]) -> Rows:
+        for error in failures:
+            raise error
+        return concatenate(parts)
+
+    monkeypatch.setattr(Rows, "concatenate", staticmethod(scarce))
+    for job in jobs:
+        desk.add(job)
+    desk.finish()
+    assert desk.counted("tarflow_oom_total") == 1
+    assert_images(desk, jobs, tiny)
