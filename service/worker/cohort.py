@@ -138,6 +138,8 @@ class Cohort:
         return self.model.flow.patchify(torch.cat(parts).to(self.model.device))
 
     def _run(self) -> Generator[Progress, Message, Tensor]:
+        for part in self.parts:
+            self.model.check_label(part.payload["label"])
         if self.parts[0].job.op is Op.DENOISE:
             x_BTD = self._noisy_images()
         else:

@@ -1,4 +1,4 @@
-"""A worker that lost a job and gets it again: what it had begun of the earlier attempt does not get in the way."""
+"""Jobs that come at a bad time: again, before the worker knows that it lost them, or for another version of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from model.bundle import read_bundle
+from service.jobs import Job
 from service.worker.loading import LoadedModel
-from tests.service.worker.benches import decode
+from tests.service.worker.benches import decode, score
 from tests.service.worker.desks import Desk, alone
 
 
@@ -33,3 +34,27 @@ def test_attempts_of_one_job_do_not_mix(tiny: LoadedModel, turns: int) -> None:
     result = desk.finish()["a"].arrays
     assert len(result["pixels"]) == job.rows
     np.testing.assert_allclose(result["images"], alone(tiny, job)["images"], atol=1e-4)
+
+
+def test_a_class_that_a_new_version_has_not_fails_alone(models: Path) -> None:
+    """Jobs that waited while a model was replaced were accepted for the old one."""
+    model = LoadedModel.load(read_bundle(models / "tiny-cond"), torch.device("cpu"))
+    config = model.flow.config
+
+    def labelled(job: Job, label: int) -> Job:
+        return replace(job, model="tiny-cond", payload={**job.payload, "label": label})
+
+    def pixels(job: Job) -> Job:
+        shape = (1, config.channels, config.image_size, config.image_size)
+        return replace(job, payload={**job.payload, "pixels": np.zeros(shape, np.uint8)})
+
+    def latents(job: Job) -> Job:
+        shape = (1, config.num_patches, config.patch_dim)
+        return replace(job, payload={**job.payload, "latents": np.zeros(shape, np.float32)})
+
+    desk, unknown = Desk(model), config.num_classes
+    desk.urgent.run([(model, labelled(pixels(score(f"s{y}")), y)) for y in (0, unknown)])
+    desk.add(*(labelled(latents(decode(f"d{y}")), y) for y in (0, unknown)))
+    desk.finish()
+    assert desk.tray.results.keys() == {"s0", "d0"}
+    assert desk.tray.errors.keys() == {f"s{unknown}", f"d{unknown}"}
