@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from service.jobs import FINAL, Job, JobResult, JobState, Lane, ModelInfo, Worke
 
 log = logging.getLogger(__name__)
 SWEEP_SECONDS = 0.5
+_EVENT_ID = re.compile(r"[0-9]{1,19}")
 
 
 @dataclass
@@ -129,7 +131,10 @@ class MemoryBroker(Broker):
 
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
         """A job's events, to its last."""
-        entry, seen = self._entry(job_id), int(after or 0)
+        entry = self._entry(job_id)
+        if not entry.terms.detached:
+            raise self._unknown(job_id)
+        seen = int(after) if after is not None and _EVENT_ID.fullmatch(after) else 0
         with self._watch(job_id) as changed:
             while True:
                 changed.clear()
@@ -270,12 +275,16 @@ class MemoryBroker(Broker):
     def _entry(self, job_id: str) -> Entry:
         entry = self._ledger.entries.get(job_id)
         if entry is None:
-            raise NotFound(
-                f"job: {job_id[:100]!r} is not known; results are kept for a limited time",
-                code="job_not_found",
-                param="job",
-            )
+            raise self._unknown(job_id)
         return entry
+
+    @staticmethod
+    def _unknown(job_id: str) -> NotFound:
+        return NotFound(
+            f"job: {job_id[:100]!r} is not known; results are kept for a limited time",
+            code="job_not_found",
+            param="job",
+        )
 
     @staticmethod
     def _outcome(entry: Entry) -> JobResult:

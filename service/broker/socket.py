@@ -29,6 +29,7 @@ class BrokerServer:
         self._broker, self._path = broker, path
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._connection_of: dict[str, asyncio.Task[None] | None] = {}  # by worker
 
     async def start(self) -> None:
         """Listen."""
@@ -56,6 +57,8 @@ class BrokerServer:
                 method, arguments = unpack(await reader.readexactly(frame_length(header)))
                 if method == "register":
                     info = WorkerInfo.from_wire(arguments[0])
+                    if worker_id is None:
+                        self._replace(info.id, task)
                     worker_id = info.id
                     self._broker.register(info)
                     answer: Any = {"ok": None}
@@ -63,6 +66,11 @@ class BrokerServer:
                     answer = {"refused": f"{method} before register"}
                 else:
                     answer = {"ok": await self._call(worker_id, method, arguments)}
+                    if method == "claim" and reader.at_eof():
+                        # It died while it waited: no job was lost on it.
+                        for job in answer["ok"]:
+                            self._broker.release(worker_id, job["id"], job["attempt"])
+                        break
                 writer.write(frame(answer))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -70,9 +78,18 @@ class BrokerServer:
         except (MessageError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             log.error("worker %s sent something unusable and is cut off: %s", worker_id, error)
         finally:
-            if worker_id is not None:
+            if worker_id is not None and self._connection_of.get(worker_id) is task:
+                del self._connection_of[worker_id]
                 self._broker.unregister(worker_id)
             writer.close()
+
+    def _replace(self, worker_id: str, connection: asyncio.Task[None] | None) -> None:
+        """A worker of this name that began anew has nothing of what its predecessor had, whose end may come later."""
+        before = self._connection_of.get(worker_id)
+        self._connection_of[worker_id] = connection
+        if before is not None:
+            self._broker.unregister(worker_id)
+            before.cancel()
 
     async def _call(self, worker_id: str, method: str, arguments: Sequence[Any]) -> Any:
         broker = self._broker

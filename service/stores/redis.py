@@ -151,11 +151,13 @@ class RedisPending(PendingStore):
 
     def write(self, pending: Pending, pixels: NDArray[np.uint8]) -> None:
         key, data = self._images(pending), np.ascontiguousarray(pixels).reshape(-1)
-        self._redis.call("HSET", key, SHAPE, json.dumps(pixels.shape))
+        # With every command its end: this process may die after any.
+        expiry = ("PEXPIRE", key, milliseconds(ARRIVING_SECONDS))
         try:
+            self._redis.calls([("HSET", key, SHAPE, json.dumps(pixels.shape)), expiry])
             for index, start in enumerate(range(0, len(data), CHUNK_BYTES)):
                 chunk = data[start : start + CHUNK_BYTES].tobytes()
-                self._redis.calls([("HSET", key, index, chunk), ("PEXPIRE", key, milliseconds(ARRIVING_SECONDS))])
+                self._redis.calls([("HSET", key, index, chunk), expiry])
         except Unavailable:
             self._drop(pending)
             raise

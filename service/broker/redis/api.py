@@ -39,7 +39,7 @@ from service.messages import pack
 log = logging.getLogger(__name__)
 
 RECHECK_SECONDS = 5.0
-_EVENT_ID = re.compile(r"\d+-\d+")
+_EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 
 
 class RedisBroker(Broker):
@@ -161,7 +161,11 @@ class RedisBroker(Broker):
                 self._waits.add(job_id, attached=True)
             self._waits.accepted(job_id)
             if repeated:
-                await self._resolve_if_ended(job_id)
+                try:
+                    await self._resolve_if_ended(job_id)
+                except BaseException:
+                    self._waits.drop(job_id)  # who is told of an error does not wait
+                    raise
         return Accepted(job_id=job_id, repeated=repeated)
 
     async def wait(self, job_id: str, timeout: float) -> JobResult:
@@ -206,10 +210,15 @@ class RedisBroker(Broker):
             self._waits.resolve(job_id, outcome)
 
     async def _fetch(self, job_id: str) -> Outcome:
-        """The outcome of a job that has ended, however long Redis is away."""
+        """The outcome of a job that has ended, however long Redis is away.
+
+        A Redis that was restarted may have forgotten that it has ended: then it ends once more.
+        """
         while True:
             with suppress(Unavailable):
-                return await self._outcome(job_id) or _lost()
+                outcome = await self._outcome(job_id) or _lost()
+                if outcome.state in FINAL:
+                    return outcome
             await asyncio.sleep(0.2)
 
     async def cancel(self, job_id: str) -> bool:
@@ -218,7 +227,7 @@ class RedisBroker(Broker):
     # Asking.
 
     async def status(self, job_id: str) -> JobStatus:
-        found = await self._calls.run("status", job_id)
+        found = await self._calls.run("status", job_id) if job_id else ()
         if not found:
             raise unknown(job_id)
         return status_of(found[0])
@@ -284,7 +293,7 @@ class RedisBroker(Broker):
                 if missed:
                     await self._recheck(0.0)
                     missed = False
-                for entry_id, fields in await self._calls.next_entries(inbox, self._last_news):
+                for entry_id, fields in await self._calls.news(inbox, self._last_news):
                     news = {name.decode(): value for name, value in fields.items()}
                     self._last_news = entry_id
                     self._waits.resolve(news["id"].decode(), Outcome.of_news(news))

@@ -18,6 +18,9 @@ from service.broker.redis.scripts import script
 CONNECTIONS = 16
 """Commands that one process has on their way at once; reads that wait for events have connections of their own."""
 
+LISTENERS = 10_000
+"""Reads that wait for events at once, in one process; as many clients as Redis itself allows by default."""
+
 Entry = tuple[bytes, dict[bytes, bytes]]
 """Of a stream: its id, and its fields."""
 
@@ -33,15 +36,21 @@ class Calls:
         commands = aioredis.BlockingConnectionPool.from_url(
             url, max_connections=CONNECTIONS, timeout=SOCKET_SECONDS, retry=once_more, **OPTIONS
         )
-        listening = aioredis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **OPTIONS)
+        listening = aioredis.ConnectionPool.from_url(
+            url, retry=Retry(NoBackoff(), 0), max_connections=LISTENERS, **OPTIONS
+        )
+        # However many follow events: results must be heard of.
+        news = aioredis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), max_connections=1, **OPTIONS)
         # Any: replies are typed as what every protocol may give.
         self._redis: Any = aioredis.Redis.from_pool(commands)
         self._listening: Any = aioredis.Redis.from_pool(listening)
+        self._news: Any = aioredis.Redis.from_pool(news)
 
     async def close(self) -> None:
         """Close all connections."""
         await self._redis.aclose()
         await self._listening.aclose()
+        await self._news.aclose()
 
     async def run(self, name: str, *arguments: str | bytes | int | float) -> Any:
         """The answer of a script."""
@@ -78,8 +87,15 @@ class Calls:
 
     async def next_entries(self, key: str, last: str | bytes) -> list[Entry]:
         """The same, or else what comes in the next seconds, on a connection of its own."""
+        return await self._next(self._listening, key, last)
+
+    async def news(self, inbox: str, last: bytes) -> list[Entry]:
+        """The same of this process's inbox; one at a time."""
+        return await self._next(self._news, inbox, last)
+
+    async def _next(self, client: Any, key: str, last: str | bytes) -> list[Entry]:
         with _errors():
-            answer = await self._listening.xread({key: last}, count=500, block=milliseconds(BLOCK_SECONDS))
+            answer = await client.xread({key: last}, count=500, block=milliseconds(BLOCK_SECONDS))
         return answer[0][1] if answer else []
 
     async def setting(self, name: str) -> str | None:

@@ -17,7 +17,7 @@ from service.broker.base import BrokerGone, Command, Limits, Terms
 from service.broker.redis.api import RedisBroker
 from service.broker.redis.worker import RedisWorkerBroker
 from service.errors import Canceled, Overloaded, WorkerLost
-from service.jobs import JobResult, JobState, Lane, Op
+from service.jobs import JobResult, JobState, Lane, Op, WorkerInfo
 from tests.service.broker.conftest import AMPLE, held, info, job, result
 from tests.service.broker.redis_server import RedisServer
 
@@ -302,3 +302,18 @@ async def test_waiters_of_a_process_that_stops_are_told(replica: Replica, new_wo
     assert worker.heartbeat(held(got)).lost == {"a"}
     with pytest.raises(Canceled):
         await other.result("a")
+
+
+async def test_a_worker_that_waits_to_register_says_so() -> None:
+    """It may have loaded another model while Redis is away; the watchdog must not take it for stuck."""
+    heard: list[int] = []
+
+    def waiting() -> None:
+        heard.append(1)
+        if len(heard) == 3:
+            worker.close()
+
+    # Nobody listens there.
+    worker = RedisWorkerBroker("redis://127.0.0.1:1/0", "w", AMPLE, waiting=waiting)
+    await asyncio.to_thread(worker.register, WorkerInfo(id="w", device="cpu", models=()))
+    assert len(heard) == 3
