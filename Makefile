@@ -8,7 +8,7 @@ DATASET := /usr/share/datasets/fashion-mnist
 # Tests run beside a service and its workers: one thread each keeps them from fighting over cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 # Whole files, since a file's tests may share a server.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: serve test check verify lint format tools clean
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from service.jobs import EXIT_STUCK, EXIT_UNUSABLE
@@ -130,7 +131,8 @@ class Pool:
                 process.kill()
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
-        process.terminate()
+        with suppress(ProcessLookupError):  # it has just left by itself
+            process.terminate()
         try:
             async with asyncio.timeout(self._grace_seconds + STOP_SECONDS):
                 await process.wait()
@@ -194,7 +196,8 @@ class Pool:
             if status != EXIT_UNUSABLE:
                 self._served.add(index)
                 self._unusable.discard(index)
-            if loop.time() - started > STABLE_SECONDS:
+            # One that could not start has just loaded for long.
+            if loop.time() - started > STABLE_SECONDS and status != EXIT_UNUSABLE:
                 delay = FIRST_DELAY
             log.error("%s on %s %s; a new one starts in %.1f s", worker_id, device, reason_of(status), delay)
             await asyncio.gather(asyncio.sleep(delay), asyncio.to_thread(self._buried, worker_id))

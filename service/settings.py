@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.bundle import BUNDLED
@@ -131,6 +133,22 @@ class RedisSettings(SharedSettings):
         pattern=r"^[A-Za-z0-9_.-]+$",
         description="First part of every key, for several services in one Redis.",
     )
+
+    @field_validator("redis")
+    @classmethod
+    def _has_a_host(cls, url: str) -> str:
+        """Refuse what would be cut in the wrong place, in words without the password that would be shown else."""
+        try:
+            parts = urlsplit(url)
+            cut = parts.port == 0 or any("@" in rest for rest in (parts.path, parts.query, parts.fragment))
+        except ValueError:
+            cut = True
+        if cut and not url.startswith("unix://"):
+            raise PydanticCustomError(
+                "redis_url", "not a URL: in a password, / ? # @ and % are written as %2F %3F %23 %40 and %25"
+            )
+        return url
+
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of the metrics; of several workers, each has the next. 0 opens none."
     )

@@ -15,13 +15,12 @@ from types import FrameType
 import torch
 from prometheus_client import ProcessCollector, start_http_server
 
-from model.bundle import BundleError
 from model.device import resolve_device, visible_devices
 from service.broker.base import BrokerGone, Limits, WorkerBroker
 from service.jobs import EXIT_UNUSABLE, REDIS_VARIABLE
 from service.worker.engine import Engine
 from service.worker.metrics import WorkerMetrics
-from service.worker.models import load_models
+from service.worker.models import LOAD_FAULTS, load_models
 from service.worker.watchdog import Watchdog
 
 
@@ -95,7 +94,7 @@ def main() -> int:
             start_http_server(options.metrics_port, registry=metrics.registry)
         device = resolve_device(options.device)
         models = load_models(options.models, device, options.batch_rows, options.model_memory)
-    except (BundleError, OSError, ValueError, RuntimeError) as error:
+    except LOAD_FAULTS as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
     watchdog = Watchdog(options.slice_limit_seconds)

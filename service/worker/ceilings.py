@@ -33,7 +33,8 @@ class Ceilings:
 
     def failed(self, model: str, stage: str, rows: int) -> int:
         """So many rows ran out of memory: from now on at most half as many, but one."""
-        ceiling = max(1, rows // 2)
+        # A batch that began before a lower ceiling was learnt does not raise it.
+        ceiling = max(1, min(rows // 2, self._rows.get((model, stage), rows)))
         self._set(model, stage, ceiling)
         return ceiling
 

@@ -138,6 +138,8 @@ class Cohort:
         return self.model.flow.patchify(torch.cat(parts).to(self.model.device))
 
     def _run(self) -> Generator[Progress, Message, Tensor]:
+        for part in self.parts:
+            self.model.check_label(part.payload["label"])
         if self.parts[0].job.op is Op.DENOISE:
             x_BTD = self._noisy_images()
         else:
@@ -199,10 +201,11 @@ class Cohort:
         here, there = self.boundary, other.boundary
         if here is None or there is None:
             raise ValueError("cohorts join where both stand at a boundary")
-        plan = self._plan_for(here, there, _strictest([*self.parts, *other.parts]))
+        # First of all: whatever fails from here on, all parts are known to be here.
         self._row_parts += other._row_parts
         self.parts += other.parts
         self._dropped |= other._dropped
+        plan = self._plan_for(here, there, _strictest(self.parts))
         for part in other.parts:
             self._seconds_before[part] = other.seconds_of(part) - self.seconds
         self._words |= other._words

@@ -164,6 +164,8 @@ class Engine:
         self._long.drop(orders.lost)
         for command in orders.commands:
             self._models.order(command)
+        # Last, since it may end the batch that this is called from.
+        self._urgent.drop(orders.lost)
 
     # Models.
 

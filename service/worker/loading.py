@@ -58,6 +58,15 @@ class LoadedModel:
         """Noise protocol of training and scoring."""
         return self.info.noise
 
+    def check_label(self, label: int | None) -> None:
+        """Raise ``ValueError`` for a class that the model has not: on a GPU such an index would end the process.
+
+        A job may have been accepted for another version of the model.
+        """
+        classes = self.flow.config.num_classes
+        if label is not None and classes and not 0 <= label < classes:
+            raise ValueError(f"class {label}: model {self.info.name} has {classes} classes")
+
     def pass_rows(self, most: int) -> int:
         """Images in one parallel pass: up to ``most``, fewer for a large model, so that no pass takes long."""
         budget = PASS_FLOPS[self.device.type]

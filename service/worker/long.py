@@ -123,6 +123,8 @@ class LongWork:
 
     def add(self, claimed: Sequence[tuple[LoadedModel, Job]]) -> None:
         """Take jobs in; one that a worker was lost on goes alone."""
+        # After an outage a worker may be given what it still works on, before it hears that its lease ran out.
+        self.drop({job.id for _, job in claimed} & {job.id for job in self.jobs})
         models = {job.model: model for model, job in claimed}
         jobs = [job for _, job in claimed]
         for parts in group([Part.whole(job) for job in jobs if job.attempt == 1]):

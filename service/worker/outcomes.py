@@ -8,13 +8,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from service.broker.base import WorkerBroker
-from service.errors import InternalError
+from service.errors import InternalError, InvalidRequest
 from service.jobs import Job, JobResult
 from service.worker.metrics import WorkerMetrics
 from service.worker.parts import Assembly, Part
 from service.worker.scoring import Arrays
 
 log = logging.getLogger(__name__)
+
+MOST_RESULT_BYTES = 2**29 - 2**20
+"""What every broker takes: a value in Redis has at most 512 MiB, a frame of the socket 1 GiB."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,24 @@ class Outcomes:
 
     def deliver(self, finished: Sequence[Finished]) -> None:
         """Parts are finished; with the last of a job's the job is."""
-        results = [(each.part.job, whole) for each in finished if (whole := self._whole(each)) is not None]
+        together: list[tuple[Job, JobResult]] = []
+        taken = 0
+        for each in finished:
+            result = self._whole(each)
+            if result is None:
+                continue
+            size = sum(array.nbytes for array in result.arrays.values())
+            if size > MOST_RESULT_BYTES:
+                self._broker.fail(each.part.job, _too_large(size))
+                continue
+            if taken + size > MOST_RESULT_BYTES:
+                self._complete(together)
+                together, taken = [], 0
+            together.append((each.part.job, result))
+            taken += size
+        self._complete(together)
+
+    def _complete(self, results: Sequence[tuple[Job, JobResult]]) -> None:
         if not results:
             return
         for (job, _), wanted in zip(results, self._broker.complete_all(results), strict=True):
@@ -104,3 +124,11 @@ class Outcomes:
         if whole is None:
             return None
         return JobResult(arrays=whole.arrays, inference_seconds=whole.seconds, plan=whole.plan)
+
+
+def _too_large(size: int) -> InvalidRequest:
+    """No broker would take it, however often it was brought: the worker would be lost on it."""
+    return InvalidRequest(
+        f"the result has {size} bytes, allowed are {MOST_RESULT_BYTES}; ask for fewer images, or for no trajectory",
+        code="result_too_large",
+    )

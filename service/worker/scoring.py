@@ -38,6 +38,7 @@ def network_rows(model: LoadedModel, job: Job) -> int:
 def _noisy_rows(model: LoadedModel, job: Job) -> Iterator[tuple[Tensor, int]]:
     """The rows of a job, draw by draw, image by image, label by label: continuous image (C, H, W) and label."""
     payload, labels = job.payload, _labels(model, job)
+    model.check_label(payload.get("label"))
     pixels = torch.from_numpy(payload["pixels"].copy())
     draws = int(payload.get("draws", 1))
     for draw in range(draws):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from service.jobs import Job
 from service.worker.ceilings import Ceilings
@@ -44,12 +44,17 @@ def batches(claimed: Sequence[Claimed], most_rows: int) -> list[list[Claimed]]:
     return [*closed, *(batch for batch, _ in open_batches.values()), *full]
 
 
+class Unwanted(Exception):
+    """Raised in the midst of a batch of which no job is wanted any more."""
+
+
 class UrgentWork:
-    """Runs what was claimed to its end."""
+    """Runs what was claimed to its end, or until nobody wants it."""
 
     def __init__(self, outcomes: Outcomes, ceilings: Ceilings, batch_rows: int) -> None:
         self._outcomes, self._ceilings, self._batch_rows = outcomes, ceilings, batch_rows
         self._jobs: dict[str, Job] = {}
+        self._computing: Sequence[Job] = ()
 
     @property
     def jobs(self) -> list[Job]:
@@ -64,22 +69,44 @@ class UrgentWork:
             self._batch(batch[0][0], [job for _, job in batch])
         return time.perf_counter() - start
 
+    def drop(self, job_ids: Collection[str]) -> None:
+        """Let go of jobs that are not wanted here any more. Called from within a batch that has no others, raises
+        :class:`Unwanted`, which ends it; rows that share a batch with others are just not delivered."""
+        for job_id in self._jobs.keys() & set(job_ids):
+            job = self._jobs.pop(job_id)
+            self._outcomes.dropped(job, job.rows)
+        if self._computing and not self._wanted(self._computing):
+            raise Unwanted
+
+    def _wanted(self, jobs: Sequence[Job]) -> list[Job]:
+        return [job for job in jobs if job.id in self._jobs]
+
     def _batch(self, model: LoadedModel, jobs: Sequence[Job]) -> None:
         """A batch; one that fails is done again job by job, and the one that fails alone ends with an error."""
+        jobs = self._wanted(jobs)
+        if not jobs:
+            return
         start = time.perf_counter()
-        with self._outcomes.computing(jobs[0]):
-            results, out_of_memory = self._attempt(model, jobs)
+        self._computing = jobs
+        try:
+            with self._outcomes.computing(jobs[0]):
+                results, out_of_memory = self._attempt(model, jobs)
+        except Unwanted:
+            return
+        finally:
+            self._computing = ()
         seconds = time.perf_counter() - start
         if results is not None:
             self._outcomes.batch(jobs, sum(job.rows for job in jobs), seconds)
             pairs = zip(jobs, results, strict=True)
-            self._outcomes.deliver([Finished(Part.whole(job), arrays, seconds) for job, arrays in pairs])
-            for job in jobs:
+            wanted = [(job, arrays) for job, arrays in pairs if job.id in self._jobs]
+            self._outcomes.deliver([Finished(Part.whole(job), arrays, seconds) for job, arrays in wanted])
+            for job, _ in wanted:
                 del self._jobs[job.id]
         elif len(jobs) > 1:
             for job in jobs:
                 self._batch(model, [job])
-        else:
+        elif self._wanted(jobs):
             self._outcomes.fail(jobs[0], out_of_memory=out_of_memory)
             del self._jobs[jobs[0].id]
 

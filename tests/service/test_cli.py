@@ -72,6 +72,11 @@ def test_a_form_that_needs_redis_asks_for_it_and_shows_no_password(form: str) ->
     refused = run(form, "--redis", "http://:open-sesame@queue")
     assert_refused(refused, "redis", "rediss")
     assert "sesame" not in refused.output
+    for cut in ("redis://:open/sesame@queue:6379/0", "redis://:open#sesame@queue", "redis://:12/sesame@queue"):
+        refused = run(form, "--redis", cut)
+        assert_refused(refused, "redis", "%2F")
+        assert "open" not in refused.output
+        assert "sesame" not in refused.output
     assert "sesame" not in repr(ApiSettings(redis="redis://:open-sesame@queue"))
 
 

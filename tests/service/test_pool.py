@@ -117,6 +117,17 @@ async def test_restarts_back_off() -> None:
     await pool.stop()
 
 
+async def test_one_that_fails_after_a_long_load_backs_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what has served for long is known to be sound."""
+    monkeypatch.setattr("service.pool.STABLE_SECONDS", 0.0)
+    pool, loop = Scripted([f"raise SystemExit({EXIT_UNUSABLE})", SLEEP]), asyncio.get_running_loop()
+    start = loop.time()
+    await pool.start()
+    await until(lambda: pool.restarts == 3)
+    assert loop.time() - start >= FIRST_DELAY * (1 + 2 + 4)
+    await pool.stop()
+
+
 async def test_a_worker_that_does_not_leave_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("service.pool.STOP_SECONDS", 0.1)
     ready = tmp_path / "ready"

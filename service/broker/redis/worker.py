@@ -49,7 +49,7 @@ class RedisWorkerBroker(WorkerBroker):
         prefix: str = "tarflow",
         waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """``waiting`` is called again and again while an outcome waits for Redis."""
+        """``waiting`` is called again and again while an outcome, or what the worker serves, waits for Redis."""
         self._waiting = waiting
         self._url, self._id, self._limits, self._keys = url, worker_id, limits, Keys(prefix)
         # Another process of the same name is another owner.
@@ -110,6 +110,7 @@ class RedisWorkerBroker(WorkerBroker):
             try:
                 return self._register(info)
             except _Away:
+                self._waiting()
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

@@ -18,7 +18,7 @@ from service.broker.base import BrokerGone, Command, Limits, Terms
 from service.broker.redis.api import RedisBroker
 from service.broker.redis.worker import RedisWorkerBroker
 from service.errors import Canceled, Overloaded, TimedOut, Unavailable, WorkerLost
-from service.jobs import JobResult, JobState, Lane, Op
+from service.jobs import JobResult, JobState, Lane, Op, WorkerInfo
 from tests.service.broker.conftest import AMPLE, held, info, job, result
 from tests.service.broker.redis_server import RedisServer
 
@@ -357,3 +357,18 @@ async def test_results_arrive_however_many_follow_events(
         worker.complete(got, result())
     await broker.wait("a", 4.0)  # before anybody asks again by itself
     assert set(await asyncio.gather(*following)) == {"completed"}
+
+
+async def test_a_worker_that_waits_to_register_says_so() -> None:
+    """It may have loaded another model while Redis is away; the watchdog must not take it for stuck."""
+    heard: list[int] = []
+
+    def waiting() -> None:
+        heard.append(1)
+        if len(heard) == 3:
+            worker.close()
+
+    # Nobody listens there.
+    worker = RedisWorkerBroker("redis://127.0.0.1:1/0", "w", AMPLE, waiting=waiting)
+    await asyncio.to_thread(worker.register, WorkerInfo(id="w", device="cpu", models=()))
+    assert len(heard) == 3

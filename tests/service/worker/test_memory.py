@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from model.bundle import read_bundle
 from model.sampling.kernel import BlockKernel
+from model.sampling.rows import Rows
 from service.jobs import EXIT_DEVICE_LOST, Job
 from service.worker import ceilings as ceilings_module
-from service.worker import faults, room
+from service.worker import faults, outcomes, room
 from service.worker.faults import DeviceLost, check_device, is_out_of_memory
 from service.worker.loading import LoadedModel
 from service.worker.parts import Part, pack
@@ -309,3 +310,49 @@ def test_a_device_that_fails_for_good_ends_the_process(
 
 def test_a_device_that_works_goes_on() -> None:
     check_device(torch.device("cpu"))
+
+
+def test_cohorts_that_have_no_memory_to_become_one_lose_no_job(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are copied when cohorts meet, and that may be what does not fit any more."""
+    desk, jobs = Desk(tiny), [decode(name, rows=2, seed=seed) for seed, name in enumerate("ab")]
+    failures = iter([torch.OutOfMemoryError("rows")])
+    concatenate = Rows.concatenate
+
+    def scarce(parts: Sequence[Rows]) -> Rows:
+        for error in failures:
+            raise error
+        return concatenate(parts)
+
+    monkeypatch.setattr(Rows, "concatenate", staticmethod(scarce))
+    for job in jobs:
+        desk.add(job)
+    desk.finish()
+    assert desk.counted("tarflow_oom_total") == 1
+    assert_images(desk, jobs, tiny)
+
+
+def test_a_result_that_no_broker_takes_fails_alone(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker would bring it again and again, or be cut off."""
+    desk, jobs = Desk(tiny), [decode("a", rows=2), decode("large", rows=4), decode("b", rows=2)]
+    size = sum(array.nbytes for array in alone(tiny, jobs[0]).values())
+    monkeypatch.setattr(outcomes, "MOST_RESULT_BYTES", int(1.5 * size))
+    calls: list[int] = []
+    monkeypatch.setattr(
+        desk.tray,
+        "complete_all",
+        lambda results: calls.append(len(results)) or [desk.tray.complete(*r) for r in results],
+    )
+    desk.add(*jobs)
+    desk.finish()
+    assert desk.tray.results.keys() == {"a", "b"}
+    assert calls == [1, 1]  # together they would be too large as well
+    assert desk.tray.errors["large"].code == "result_too_large"
+
+
+def test_a_batch_from_before_does_not_raise_a_ceiling(tiny: LoadedModel) -> None:
+    ceilings = Desk(tiny).ceilings
+    assert ceilings.failed("m", "sample", 8) == 4
+    assert ceilings.failed("m", "sample", 64) == 4
+    assert ceilings.most("m", "sample", 64) == 4
