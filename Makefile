@@ -7,6 +7,8 @@ PACKAGES := redis-server dataset-fashion-mnist curl
 DATASET := /usr/share/datasets/fashion-mnist
 # Tests run beside a service and its workers: one thread each keeps them from fighting over cores.
 ONE_THREAD := OMP_NUM_THREADS=1
+# Whole files, since a file's tests may share a server.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: serve test check verify lint format tools clean
 
@@ -16,7 +18,7 @@ serve: $(STAMP) ## answer on http://127.0.0.1:8000 with the bundled model
 test: check ## everything that CI runs
 
 check: $(STAMP) tools lint
-	$(ONE_THREAD) $(BIN)/pytest -m "not long"
+	$(ONE_THREAD) $(BIN)/pytest -m "not long" $(PARALLEL)
 
 verify: check ## the long checks too
 	$(ONE_THREAD) $(BIN)/pytest -m long

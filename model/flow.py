@@ -28,12 +28,17 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def patchify(image_BCHW: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) image to (B, T, D) patches in raster order; channel-major inside a patch."""
-    return F.unfold(image_BCHW, patch_size, stride=patch_size).transpose(1, 2).contiguous()
+    batch, channels, height, width = image_BCHW.shape
+    # As views: torch's unfold and fold take as long as a layer of a small model.
+    tiles = image_BCHW.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch_size**2)
 
 
 def unpatchify(patches_BTD: Tensor, patch_size: int, image_size: int) -> Tensor:
     """Inverse of :func:`patchify`: (B, T, D) patches to a (B, C, H, W) image."""
-    return F.fold(patches_BTD.transpose(1, 2), image_size, patch_size, stride=patch_size)
+    batch, side = len(patches_BTD), image_size // patch_size
+    tiles = patches_BTD.reshape(batch, side, side, -1, patch_size, patch_size)
+    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, image_size, image_size)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import lzma
+import struct
 import zipfile
 import zlib
-from pathlib import PurePosixPath
+from posixpath import splitext
 from typing import IO
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -17,8 +18,15 @@ ENCRYPTED = 0x1
 """Bit of a member's flags."""
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 """Compression that can be undone piece by piece; Python expands the other kinds without a bound."""
-DIRECTORY_BYTES = 16 * 2**20
-"""Largest list of members that is read; some 150,000 of them."""
+LIST_BYTES = 16 * 2**20
+"""Lists of members that are read in one request; some 150,000 members."""
+EXTRA_BYTES = 4096
+"""Largest extra field of a member: zipfile takes time with the square of its size."""
+END_BYTES = 2**16 + 22
+"""What zipfile reads of an archive's end to find the list: a comment and the record with its place."""
+_ENTRY, _ENTRY_BYTES = b"PK\x01\x02", 46
+_ENTRY_LENGTHS = struct.Struct("<28x3H")
+"""Of a member in the list: sizes of its name, extra field and comment, which follow (APPNOTE 4.3.12)."""
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -48,8 +56,6 @@ class Section(io.RawIOBase):
         super().__init__()
         self._file, self._start, self._position = file, start, 0
         self.size = size
-        self.largest_read: int | None = None
-        """Bytes beyond which one :meth:`read` is refused with ``ValueError``."""
 
     def readable(self) -> bool:
         """Always."""
@@ -64,23 +70,94 @@ class Section(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place; ``ValueError`` for one before the start."""
+        """Go to a place; for one before the start an error that is a ``ValueError`` and an ``OSError``."""
         position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
         if position < 0:
-            raise ValueError(f"seek: got {position}, allowed is 0 and more")
+            # Files raise OSError, which zipfile expects of archives too short for a record it looks for.
+            raise io.UnsupportedOperation(f"seek: got {position}, allowed is 0 and more")
         self._position = position
         return position
 
     def read(self, size: int | None = -1) -> bytes:
         """Up to so many bytes, or all that are left."""
-        left = max(0, self.size - self._position)
-        count = left if size is None or size < 0 else min(size, left)
-        if self.largest_read is not None and count > self.largest_read:
-            raise ValueError(f"a piece of {count} bytes, allowed are {self.largest_read}")
         self._file.seek(self._start + self._position)
-        data = self._file.read(count)
+        data = self._file.read(self.readable_bytes(size))
         self._position += len(data)
         return data
+
+    def readable_bytes(self, size: int | None) -> int:
+        """How many bytes :meth:`read` gives."""
+        left = max(0, self.size - self._position)
+        return left if size is None or size < 0 else min(size, left)
+
+    def part(self) -> tuple[IO[bytes], int, int]:
+        """The file, where it begins there, and its size."""
+        return self._file, self._start, self.size
+
+
+class Allowance:
+    """What all archives of one request may hold together; each that is opened takes its part."""
+
+    def __init__(self, *, members: int, images: int, unpacked_bytes: int) -> None:
+        """So many members of any kind, images among them, and uncompressed bytes of all members."""
+        self._most = {
+            "members": members,
+            "images": images,
+            "uncompressed bytes": unpacked_bytes,
+            "bytes in the list of members": LIST_BYTES,
+        }
+        self._taken = dict.fromkeys(self._most, 0)
+
+    def check(self, what: str, amount: int) -> None:
+        """Raise :class:`ArchiveError` for more than is left."""
+        taken, most = self._taken[what], self._most[what]
+        if taken + amount > most:
+            before = f" after {taken} in the archives before it" if taken else ""
+            raise ArchiveError(
+                "archive_too_large", f"got {amount} {what}{before}, allowed are {most} in all archives together"
+            )
+
+    def take(self, what: str, amount: int) -> None:
+        """The same, and count it."""
+        self.check(what, amount)
+        self._taken[what] += amount
+
+
+class _Listing(Section):
+    """An archive while zipfile reads its list of members: what is too much is refused before zipfile unfolds it."""
+
+    def __init__(self, file: Section, allowance: Allowance) -> None:
+        super().__init__(*file.part())
+        self._allowance = allowance
+        self.list_bytes = 0
+        self.finished = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The same; raises :class:`ArchiveError`."""
+        if self.finished:
+            return super().read(size)
+        # Counted in the very bytes that zipfile uses: the number in the archive's end may say anything.
+        if (count := self.readable_bytes(size)) > END_BYTES:
+            self._allowance.check("bytes in the list of members", count)
+        data = super().read(size)
+        if data.startswith(_ENTRY):
+            self.list_bytes = len(data)
+            self._allowance.check("members", _count_members(data))
+        return data
+
+
+def _count_members(data: bytes) -> int:
+    """Members in a list of them, up to where it is damaged; raises :class:`ArchiveError` for a large extra field."""
+    place = count = 0
+    while data.startswith(_ENTRY, place) and place + _ENTRY_BYTES <= len(data):
+        name, extra, comment = _ENTRY_LENGTHS.unpack_from(data, place)
+        if extra > EXTRA_BYTES:
+            raise ArchiveError(
+                "unsupported_archive", f"member {count} has an extra field of {extra} bytes, allowed are {EXTRA_BYTES}"
+            )
+        place += _ENTRY_BYTES + name + extra + comment
+        count += 1
+    return count
 
 
 def is_archive(filename: str, file: Section) -> bool:
@@ -92,17 +169,30 @@ def is_archive(filename: str, file: Section) -> bool:
 class ImageArchive:
     """The images in a zip archive."""
 
-    def __init__(self, file: Section, *, most_images: int, most_bytes: int, member_bytes: int) -> None:
+    def __init__(self, file: Section, allowance: Allowance, *, member_bytes: int) -> None:
         """Read the list of members; raises :class:`ArchiveError`.
 
-        At most ``most_images`` images, with ``member_bytes`` uncompressed bytes each and ``most_bytes`` together.
+        All members together have no more than is left of the allowance, and an image ``member_bytes`` uncompressed.
         """
-        file.largest_read = DIRECTORY_BYTES
+        listing = _Listing(file, allowance)
         try:
-            self._archive = zipfile.ZipFile(file)
+            self._archive = zipfile.ZipFile(listing)
+        except ArchiveError:
+            raise
         except _DAMAGE as error:
             raise ArchiveError("invalid_archive", f"not a readable zip archive: {error}") from error
-        file.largest_read = None
+        listing.finished = True
+        members = self._archive.infolist()
+        # What is no image is never unpacked, but an archive of it costs memory and time all the same.
+        allowance.take("bytes in the list of members", listing.list_bytes + len(self._archive.comment))
+        allowance.take("members", len(members))
+        allowance.take("uncompressed bytes", sum(member.file_size for member in members))
+        packed = sum(member.compress_size for member in members)
+        if packed > file.size:
+            # Members that share their bytes: a small archive would be as much work as a large one.
+            raise ArchiveError(
+                "invalid_archive", f"its members have {packed} compressed bytes, the archive has {file.size}"
+            )
         self._member_bytes = member_bytes
         self.images: list[zipfile.ZipInfo] = []
         """Members in the order of the archive."""
@@ -110,23 +200,20 @@ class ImageArchive:
         """Archives inside; they are not opened."""
         self.others = 0
         """Members that are no images by their names."""
-        for member in self._archive.infolist():
-            parts = PurePosixPath(member.filename).parts
-            # macOS adds a folder of attributes and files that begin with a dot; neither is anybody's image.
-            if member.is_dir() or not parts or "__MACOSX" in parts or parts[-1].startswith("."):
+        for member in members:
+            *folders, name = member.filename.split("/")
+            # macOS adds a folder of attributes and files that begin with a dot; neither is anybody's image, nor is what
+            # has no name, such as a folder.
+            if not name or name.startswith(".") or "__MACOSX" in folders:
                 continue
-            suffix = PurePosixPath(parts[-1]).suffix.lower()
+            suffix = splitext(name)[1].lower()
             if suffix in IMAGE_SUFFIXES:
                 self.images.append(member)
             elif suffix == ".zip":
                 self.nested.append(member.filename)
             else:
                 self.others += 1
-        if len(self.images) > most_images:
-            raise ArchiveError("archive_too_large", f"got {len(self.images)} images, allowed are {most_images}")
-        total = sum(member.file_size for member in self.images)
-        if total > most_bytes:
-            raise ArchiveError("archive_too_large", f"got {total} uncompressed bytes, allowed are {most_bytes}")
+        allowance.take("images", len(self.images))
 
     def read(self, member: zipfile.ZipInfo) -> bytes:
         """The bytes of a member; raises :class:`ArchiveError`."""
@@ -141,8 +228,8 @@ class ImageArchive:
                 "image_too_large", f"the file has {member.file_size} bytes, allowed are {self._member_bytes}"
             )
         try:
-            # No more than the announced size is ever expanded.
+            # zipfile cuts off what is beyond the announced size, but expands as much as it is asked for.
             with self._archive.open(member) as file:
-                return file.read(self._member_bytes + 1)
+                return file.read(member.file_size + 1)
         except _DAMAGE as error:
             raise ArchiveError("invalid_archive", f"the file is damaged in the archive: {error}") from error

@@ -7,16 +7,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
 from model.config import GuidanceRule, GuidanceSchedule, GuidanceTarget, Precision, Solver, SolverOptions
 from service.errors import ServiceError
-from service.settings import Settings
+from service.settings import ApiSettings, ServeSettings, SharedSettings, WorkerSettings
 from training.anomaly_cli import anomaly, calibrate
 from training.cli import evaluate, sweep, train, tune
 from training.commands import clear_errors
@@ -34,6 +35,12 @@ app.command()(tune)
 app.command()(calibrate)
 app.command()(anomaly)
 
+SettingsT = TypeVar("SettingsT", bound=SharedSettings)
+SECRET = ("redis",)
+"""Settings whose values may hold a password."""
+ALSO = {"device": ("devices",)}
+"""Second names of flags."""
+
 Model = Annotated[str, typer.Option(help="Bundle directory, or name of a model in the package.")]
 Class = Annotated[str | None, typer.Option("--class", help="Class by name or index; none if not given.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
@@ -48,27 +55,68 @@ def _service_errors() -> Iterator[None]:
         raise ValueError(error.message) from error
 
 
-def _settings_from_flags(**flags: Any) -> None:
+def _built(form: type[SettingsT], flags: dict[str, Any]) -> SettingsT:
+    """The settings of a form from flags and the environment; raises a ``ValueError`` that shows no password."""
+    try:
+        return form(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise ValueError(f"{name}: give --{name.replace('_', '-')}, or set TARFLOW_{name.upper()}") from None
+        got = "" if name in SECRET else f" (got {first['input']!r})"
+        raise ValueError(f"{name}: {first['msg']}{got}") from None
+
+
+def _serve(**flags: Any) -> None:
     """Start the service; every flag is also an environment variable (TARFLOW_PORT for --port)."""
     with clear_errors():
-        try:
-            settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{name}: {first['msg']} (got {first['input']!r})") from error
+        settings = _built(ServeSettings, flags)
         from service.server import serve
 
         serve(settings)
 
 
-def _with_setting_flags(function: Any) -> Any:
-    """Give a command one option per field of :class:`Settings`, so that flags and settings cannot differ."""
+def _api(**flags: Any) -> None:
+    """Answer HTTP for the workers of the same Redis; start as many as you like.
+
+    Every flag is also an environment variable (TARFLOW_PORT for --port).
+    """
+    with clear_errors():
+        settings = _built(ApiSettings, flags)
+        from service.server import api
+
+        api(settings)
+
+
+def _worker(**flags: Any) -> None:
+    """Work for the API processes of the same Redis, with a process for each device; on as many hosts as you like.
+
+    Every flag is also an environment variable (TARFLOW_DEVICE for --device).
+    """
+    with clear_errors():
+        settings = _built(WorkerSettings, flags)
+        from service.supervisor import supervise
+
+        supervise(settings)
+
+
+def _fields(form: type[SharedSettings]) -> dict[str, FieldInfo]:
+    """The fields of a form: those of what it is made of, then its own."""
+    declared = [name for kind in (*form.__mro__[1:], form) for name in getattr(kind, "__annotations__", ())]
+    names = [name for name in declared if name in form.model_fields]
+    return {name: form.model_fields[name] for name in dict.fromkeys(names)}
+
+
+def _with_setting_flags(function: Any, form: type[SharedSettings]) -> Any:
+    """Give a command one option per field of its form, so that flags and settings cannot differ."""
     parameters, annotations = [], {}
-    for name, field in Settings.model_fields.items():
+    for name, field in _fields(form).items():
         kind: Any = next((kind for kind in (int, float, Path) if field.annotation is kind), str)
-        known = "" if name in ("models", "state") or field.default is None else f" (default: {field.default})"
-        option = Annotated[Optional[kind], typer.Option(help=f"{field.description}{known}")]  # noqa: UP045
+        shown = name not in ("models", "state") and not field.is_required() and field.default is not None
+        known = f" (default: {field.default})" if shown else ""
+        declared = [f"--{spelling.replace('_', '-')}" for spelling in (name, *ALSO.get(name, ()))]
+        option = Annotated[Optional[kind], typer.Option(*declared, help=f"{field.description}{known}")]  # noqa: UP045
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
         annotations[name] = option
     function.__signature__ = inspect.Signature(parameters)
@@ -76,7 +124,9 @@ def _with_setting_flags(function: Any) -> Any:
     return function
 
 
-app.command("serve")(_with_setting_flags(_settings_from_flags))
+app.command("serve")(_with_setting_flags(_serve, ServeSettings))
+app.command("api")(_with_setting_flags(_api, ApiSettings))
+app.command("worker")(_with_setting_flags(_worker, WorkerSettings))
 
 
 @app.command("import")

@@ -52,6 +52,7 @@ class Drift(Collector):
         self._size = window
         self._windows: dict[tuple[str, str, str], _Window] = {}
         self._judged: Counter[tuple[str, str, str]] = Counter()
+        self._versions: dict[tuple[str, str], object] = {}
 
     def observe(
         self,
@@ -62,12 +63,18 @@ class Drift(Collector):
         flagged: Sequence[bool] | NDArray[np.bool_],
         *,
         num_calibration: int,
+        version: object = None,
     ) -> None:
         """Add judged images: their p-values (N,) and whether each was flagged (N,).
 
         Names become labels: give only those of calibrations that exist. ``num_calibration`` is m, the number of
         calibration images, which makes the grid; with another one than before the window starts anew.
+        ``version`` is told from another calibration of this name, which somebody may have put in the place of the
+        former.
         """
+        if self._versions.setdefault((model, calibration), version) is not version:
+            self.forget(model, calibration)
+            self._versions[model, calibration] = version
         key = model, calibration, score
         window = self._windows.get(key)
         if window is None or window.num_calibration != num_calibration:
@@ -79,6 +86,7 @@ class Drift(Collector):
 
     def forget(self, model: str, calibration: str) -> None:
         """Start anew for a calibration that was replaced or deleted."""
+        self._versions.pop((model, calibration), None)
         for windows in (self._windows, self._judged):
             for key in [key for key in windows if key[:2] == (model, calibration)]:
                 del windows[key]

@@ -31,6 +31,43 @@ URGENT = frozenset({Op.SCORE, Op.ENCODE, Op.CLASSIFY})
 LONG = frozenset(Op) - URGENT
 """Work that runs in slices."""
 
+
+class Lane(StrEnum):
+    """The two queues of every model: workers look into the first between two slices of the second."""
+
+    URGENT = "urgent"
+    LONG = "long"
+
+
+def lane_of(op: Op) -> Lane:
+    """The lane that an op's jobs wait in."""
+    return Lane.URGENT if op in URGENT else Lane.LONG
+
+
+class Priority(StrEnum):
+    """How large a share of the service a job's caller gets while others wait, too; nobody starves."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+WEIGHTS = {Priority.HIGH: 16, Priority.NORMAL: 4, Priority.LOW: 1}
+"""Work done for one caller's jobs of a priority while one unit is done for another's of low priority."""
+
+
+class JobState(StrEnum):
+    """Where a job stands; the last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+FINAL = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELED})
+
 REDONE = (None, "tolerance", "non_finite")
 """Why an image was decoded again, by the number that a worker gives the reason."""
 
@@ -39,6 +76,16 @@ STATISTICS = "statistics."
 
 EXIT_UNUSABLE = 3
 """Exit status of a worker that cannot start: a bad bundle, a missing device, a failed warm-up."""
+
+EXIT_DEVICE_LOST = 5
+"""Exit status of a worker whose device failed for good, as after an illegal memory access on a GPU."""
+
+EXIT_STUCK = 4
+"""Exit status of a worker that ended itself because its inference loop was not heard any more."""
+
+REDIS_VARIABLE = "TARFLOW_REDIS"
+"""Environment variable in which a worker finds its Redis: a URL may hold a password, and every user of a host sees the
+arguments of its processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +208,18 @@ class WorkerInfo:
     id: str
     device: str
     models: tuple[ModelInfo, ...]
+    states: Mapping[str, str] = field(default_factory=dict)
+    """Where every model stands by name: loading, ready, unloading, or failed and why."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for a message."""
-        return {"id": self.id, "device": self.device, "models": [m.to_wire() for m in self.models]}
+        return {**vars(self), "models": [m.to_wire() for m in self.models], "states": dict(self.states)}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> WorkerInfo:
         """Inverse of :meth:`to_wire`."""
         models = tuple(ModelInfo.from_wire(m) for m in data["models"])
-        return cls(id=data["id"], device=data["device"], models=models)
+        return cls(**{**data, "models": models})
 
 
 def as_floats(values: Any) -> NDArray[np.float32]:

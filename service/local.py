@@ -30,6 +30,7 @@ from service.jobs import ModelInfo, Op, is_certified
 from service.verdicts import Question, ask, judge, statistics_of
 from service.worker.cohort import Cohort
 from service.worker.loading import LoadedModel
+from service.worker.parts import Part
 from service.worker.scoring import Arrays
 from service.worker.scoring import score as score_jobs
 
@@ -112,7 +113,8 @@ def sample(
     plans: list[str] = []
     for start in range(0, len(seeds), BATCH_ROWS):
         part = list(seeds[start : start + BATCH_ROWS])
-        cohort = Cohort(model, [new_job(model.info, Op.SAMPLE, {"seeds": part, **payload}, len(part))])
+        job = new_job(model.info, Op.SAMPLE, {"seeds": part, **payload}, len(part))
+        cohort = Cohort(model, [Part.whole(job)])
         while not cohort.advance():
             pass
         parts.append(cohort.results()[0][1])

@@ -30,11 +30,15 @@ class ServiceMetrics:
             "tarflow_queue_wait_seconds", "From acceptance to a worker", labels, registry=own, buckets=SECONDS
         )
 
+    def render_own(self) -> bytes:
+        """What this process has counted, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
     def render(self, stats: QueueStats, workers: Sequence[WorkerStatus], ready: int, restarts: int) -> bytes:
         """Everything in Prometheus' text format, as of now."""
         present = CollectorRegistry()
         present.register(_Present(stats, workers, ready, restarts))
-        return generate_latest(self.registry) + generate_latest(present)
+        return self.render_own() + generate_latest(present)
 
 
 class _Present(Collector):

@@ -1,33 +1,21 @@
-"""Calibrations that were accepted and are not finished, on disk: a restart goes on with them.
+"""Calibrations that were accepted and are not finished: what is kept of them, and who works on which.
 
-    STATE/calibrations/MODEL/.pending/NAME/images.npy   pixels (N, C, H, W) uint8, fitted to the model
-    STATE/calibrations/MODEL/.pending/NAME/job.json     everything else; with an error once it has failed
-
-A directory appears and disappears whole, by renaming. Everything here blocks, so it is called in threads.
+A run is one upload under a name. Whoever makes it has claimed it; everything that is done about it then counts only
+while the claim is the last one and the run was neither deleted nor replaced. All of it blocks, so it is called in
+threads.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import secrets
-import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.bundle import is_name
-from service.errors import ServiceError
-
-log = logging.getLogger(__name__)
-
-FOLDER = ".pending"
-"""No calibration can have this name."""
-IMAGES, JOB = "images.npy", "job.json"
+from service.errors import Conflict, ServiceError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +29,8 @@ class Pending:
     num_images: int
     created: int
     """Seconds since 1970 (UTC)."""
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    """Of this upload; another one of the same name has another."""
     source: str = ""
     """Where the images came from, for people."""
     notices: tuple[tuple[str, str], ...] = ()
@@ -53,87 +43,119 @@ class Pending:
         return replace(self, error=(error.code, error.message))
 
 
-class PendingStore:
-    """The directories of unfinished calibrations."""
+@dataclass(frozen=True)
+class Run:
+    """A calibration that waits, is being made, or has failed."""
 
-    def __init__(self, directory: Path) -> None:
-        """``directory`` is that of the service's state; it is made when something is first stored."""
-        self._directory = directory / "calibrations"
+    pending: Pending
+    done: int = 0
+    """Images whose statistics are known."""
 
-    def save(self, pending: Pending, pixels: NDArray[np.uint8]) -> None:
-        """Keep a job and its images (N, C, H, W) in place of whatever has this name."""
-        target = self._path(pending)
-        arriving = self._aside(target)
-        arriving.mkdir(parents=True)
-        try:
-            np.save(arriving / IMAGES, pixels, allow_pickle=False)
-            _write(arriving, pending)
-            self.remove(pending)
-            arriving.rename(target)
-        except OSError:
-            shutil.rmtree(arriving, ignore_errors=True)
-            raise
+    @property
+    def progress(self) -> float:
+        """Share of the images that are done."""
+        return self.done / max(1, self.pending.num_images)
 
-    def images(self, pending: Pending) -> NDArray[np.uint8]:
-        """The images (N, C, H, W), read as they are used; ``ValueError`` or ``OSError`` for a damaged file."""
-        pixels = np.load(self._path(pending) / IMAGES, mmap_mode="r", allow_pickle=False)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != pending.num_images:
-            raise ValueError(f"{IMAGES}: got {pixels.dtype} {pixels.shape}, expected {pending.num_images} images")
-        return np.asarray(pixels)
 
-    def fail(self, pending: Pending, error: ServiceError) -> Pending:
+@dataclass(frozen=True)
+class Claim:
+    """A run that one process makes."""
+
+    pending: Pending
+    crashes: int
+    """How often it was begun before and never ended: a process died of it."""
+    token: str = field(repr=False, default="")
+    """Tells this claim from others of the same run."""
+
+
+class PendingStore(Protocol):
+    """Every method may raise ``OSError`` where a disk fails, ``Unavailable`` where Redis does."""
+
+    def open(self) -> None:
+        """When a process starts: clear away what is half done, and let go on what was interrupted."""
+
+    def check(self, model: str, name: str, *, replace: bool, most: int) -> None:
+        """Raise :func:`taken` or :func:`too_many` where an upload would be refused."""
+
+    def write(self, pending: Pending, pixels: NDArray[np.uint8]) -> None:
+        """Keep a job and its images (N, C, H, W) beside what has this name; they count when they are placed."""
+
+    def place(self, pending: Pending, *, replace: bool, most: int) -> None:
+        """Put what was written in place of whatever has this name.
+
+        Raises as :meth:`check` does. Where it fails, what was there stays, and what was written goes.
+        """
+
+    def find(self, model: str, name: str) -> Run | None:
+        """The run of this name."""
+
+    def runs(self, model: str) -> Sequence[Run]:
+        """All runs of a model, by name."""
+
+    def claim(self, models: Collection[str]) -> Claim | None:
+        """The oldest run of these models that nobody makes and that has not failed; it is this process's now.
+
+        One that is claimed and never ended counts as a crash.
+        """
+
+    def renew(self, claim: Claim, done: int) -> bool:
+        """Note how many images are done and keep the claim; false when it counts no more: give up."""
+
+    def images(self, claim: Claim) -> NDArray[np.uint8]:
+        """The images (N, C, H, W); ``ValueError`` or ``OSError`` where they are damaged or gone."""
+
+    def finish(self, claim: Claim, data: bytes) -> bool:
+        """Keep the calibration under its name and forget the run; false when the claim counts no more."""
+
+    def fail(self, claim: Claim, error: ServiceError) -> None:
         """Keep why it failed, and the images no longer."""
-        failed = pending.failed(error)
-        directory = self._path(pending)
-        _write(directory, failed)
-        (directory / IMAGES).unlink(missing_ok=True)
-        return failed
 
-    def remove(self, pending: Pending) -> None:
-        """Forget it; nothing happens when it is not there."""
-        leaving = self._aside(self._path(pending))
-        try:
-            self._path(pending).rename(leaving)
-        except FileNotFoundError:
-            return
-        shutil.rmtree(leaving, ignore_errors=True)
+    def interrupt(self, claim: Claim, error: ServiceError) -> None:
+        """Keep the images, and until the next :meth:`open` the error, which is not theirs."""
 
-    def scan(self) -> Iterator[Pending]:
-        """Everything there is; what an earlier process left half done is cleared away."""
-        for directory in sorted(self._directory.glob(f"*/{FOLDER}/*")):
-            if not is_name(directory.name):
-                shutil.rmtree(directory, ignore_errors=True)
-                continue
-            model, name = directory.parents[1].name, directory.name
-            try:
-                yield _read(directory, model, name)
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                log.error("%s: not a calibration's job: %s", directory, error)
-                damaged = ("damaged", "its files in the state directory are damaged; send the images again")
-                yield Pending(model=model, name=name, seed=0, num_images=0, created=0, error=damaged)
+    def release(self, claim: Claim) -> None:
+        """Leave it to others; it was no crash."""
 
-    def _path(self, pending: Pending) -> Path:
-        return self._directory / pending.model / FOLDER / pending.name
-
-    @staticmethod
-    def _aside(path: Path) -> Path:
-        """A path beside another, with a name that no calibration can have."""
-        return path.with_name(f".{secrets.token_hex(8)}")
+    def remove(self, model: str, name: str) -> bool:
+        """Forget the run of this name, whoever makes it; whether there was one."""
 
 
-def _write(directory: Path, pending: Pending) -> None:
-    temporary = directory / f".{JOB}"
-    temporary.write_text(json.dumps(asdict(pending)))
-    temporary.replace(directory / JOB)
+def taken(model: str, name: str, *, running: bool) -> Conflict:
+    """The error for a name that is in use."""
+    return Conflict(
+        f"name: model {model!r} has a calibration {name!r}{' in the making' if running else ''}; delete it, choose "
+        "another name, or send replace=true",
+        param="name",
+        code="calibration_exists",
+    )
 
 
-def _read(directory: Path, model: str, name: str) -> Pending:
-    content: dict[str, Any] = json.loads((directory / JOB).read_text())
+def too_many(model: str, count: int, most: int) -> Conflict:
+    """The error for a model that has as many as it may."""
+    return Conflict(
+        f"name: model {model!r} has {count} calibrations, allowed are {most} (max_calibrations); delete one, or "
+        "replace one by its name with replace=true",
+        param="name",
+        code="too_many_calibrations",
+    )
+
+
+def check_images(pixels: NDArray[np.uint8], pending: Pending) -> None:
+    """Raise ``ValueError`` for what are not a run's images."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != pending.num_images:
+        raise ValueError(f"images: got {pixels.dtype} {pixels.shape}, expected {pending.num_images} images")
+
+
+def pending_of(content: dict[str, Any]) -> Pending:
+    """Inverse of ``asdict`` after JSON; raises ``ValueError``, ``TypeError`` or ``KeyError`` for what is not.
+
+    What another version of the service has added is left out.
+    """
     content["notices"] = tuple((str(code), str(message)) for code, message in content["notices"])
     if content["error"] is not None:
         code, message = content["error"]
         content["error"] = str(code), str(message)
     for number in ("seed", "num_images", "created"):
         content[number] = int(content[number])
-    # Where it lies is what counts: a directory may have been copied by hand.
-    return Pending(**{**content, "model": model, "name": name})
+    known = {known.name for known in fields(Pending)}
+    return Pending(**{name: value for name, value in content.items() if name in known})

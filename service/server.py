@@ -1,14 +1,15 @@
-"""``tarflow serve``: the app, the embedded broker and the workers of one host, in one command."""
+"""``tarflow serve``: the app, the embedded broker and the workers of one host; ``tarflow api``: the app alone."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal
+import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -16,25 +17,34 @@ import uvicorn
 from fastapi import FastAPI
 
 from model.bundle import find_bundles
+from service.api import envelope, health
 from service.app import create_app
 from service.broker.memory import MemoryBroker
 from service.broker.socket import BrokerServer
+from service.drain import Drain
 from service.jobs import ModelInfo
 from service.pool import Pool
-from service.settings import Settings
+from service.settings import ApiSettings, ServeSettings, Settings
+from service.state import claimed
+from service.stores import directory
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.1
+MODELS_SECONDS = 1.0
+"""The most that a replica's list of models is behind: requests need not ask for it each."""
+KEEP_ALIVE_SECONDS = 75
+"""Longer than load balancers keep an idle connection: who closes first must not be the one who is about to be asked."""
 ANSWER_SECONDS = 5
 
 
 class _Server(uvicorn.Server):
     """Says that it drains before it stops listening, so that balancers and callers hear of it."""
 
-    def __init__(self, config: uvicorn.Config, broker: MemoryBroker, pool: Pool, drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain: Drain, drain_seconds: float, hopeless: Callable[[], bool]
+    ) -> None:
         super().__init__(config)
-        self._drain_seconds = drain_seconds
-        self._broker, self._pool = broker, pool
+        self._drain, self._drain_seconds, self._hopeless = drain, drain_seconds, hopeless
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Leave in order; the second Ctrl-C leaves at once.
@@ -47,70 +57,148 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop; also when no worker can ever start."""
-        return self._pool.unusable or await super().on_tick(counter)
+        return self._hopeless() or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        """Refuse new jobs while the running ones finish and /readyz says so; then close."""
-        self._broker.drain()
+        """Refuse new work while what runs finishes and /readyz says so; then close."""
+        self._drain.begin()
         deadline = time.monotonic() + self._drain_seconds
         # Polled, because a second Ctrl-C is a signal and no event of the loop.
-        while not (self._broker.idle or self.force_exit) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while not (self._drain.idle or self.force_exit) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         # What is left gets an answer, too.
-        self._broker.abandon()
+        self._drain.abandon()
         await super().shutdown(sockets)  # type: ignore[arg-type]
 
 
-def build(settings: Settings, socket: Path) -> tuple[FastAPI, MemoryBroker, Pool]:
+class _Beside(uvicorn.Server):
+    """A second server in one process; signals are the first one's."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+    def _log_started_message(self, listeners: Sequence[socket.SocketType]) -> None:
+        """Not as the service: who reads "running on" wants its address."""
+        for listener in listeners:
+            log.info("metrics on port %d", listener.getsockname()[1])
+
+
+def _log_to_stderr(settings: Settings) -> None:
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], bool] = lambda: False) -> None:
+    """Answer until SIGINT or SIGTERM, or until there is no hope."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        access_log=settings.log_level == "debug",
+        # Work has ended by then; this is for answers that are still being written.
+        timeout_graceful_shutdown=ANSWER_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_Server(config, drain, settings.drain_seconds, hopeless).serve())
+
+
+# serve
+
+
+def build(settings: ServeSettings, path: Path) -> tuple[FastAPI, Drain, Pool]:
     """The app with everything that runs beside it; raises a ``BundleError`` for unusable models."""
     infos = [ModelInfo.of(bundle) for bundle in find_bundles(settings.models)]
     names = [info.name for info in infos]
     if settings.default_model is not None and settings.default_model not in names:
         raise ValueError(f"default_model: got {settings.default_model!r}, allowed are {', '.join(names)}")
-    broker = MemoryBroker(
-        max_queue_cost=settings.max_queue_cost,
-        lease_seconds=settings.lease_seconds,
-        ready_seconds=settings.ready_seconds,
-        max_attempts=settings.max_attempts,
-    )
+    broker, drain = MemoryBroker(settings.limits), Drain()
     broker.announce(infos)
-    server, pool = BrokerServer(broker, socket), Pool(settings, socket)
+    server, pool = BrokerServer(broker, path), Pool(settings, ("--socket", str(path)))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await broker.start()
         await server.start()
         await pool.start()
         log.info("serving %s from %s", ", ".join(names), settings.models)
         try:
             yield
         finally:
+            broker.abandon()
             await pool.stop()
             await server.stop()
+            await broker.close()
 
     app = create_app(
         settings,
         broker,
+        directory.state_in(settings.state),
         lifespan=lifespan,
-        draining=lambda: broker.draining,
+        drain=drain,
         restarts=lambda: pool.restarts,
     )
-    return app, broker, pool
+    return app, drain, pool
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: ServeSettings) -> None:
     """Run until SIGINT or SIGTERM; raises ``BundleError`` or ``ValueError`` for what cannot be served."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log_to_stderr(settings)
     with tempfile.TemporaryDirectory(prefix="tarflow-") as directory:
-        app, broker, pool = build(settings, Path(directory) / "broker.sock")
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_level=settings.log_level,
-            access_log=settings.log_level == "debug",
-            # Jobs have ended by then; this is for answers that are still being written.
-            timeout_graceful_shutdown=ANSWER_SECONDS,
-        )
-        asyncio.run(_Server(config, broker, pool, settings.drain_seconds).serve())
+        app, drain, pool = build(settings, Path(directory) / "broker.sock")
+        with claimed(settings.state):
+            _run(settings, app, drain, lambda: pool.unusable)
     if pool.unusable:
         raise ValueError("a worker cannot start; its last line in the log says why")
+
+
+# api
+
+
+@asynccontextmanager
+async def _metrics_beside(app: FastAPI, settings: ApiSettings) -> AsyncIterator[None]:
+    """/metrics, /healthz and /readyz on a port of their own, where one is wanted."""
+    if not settings.metrics_port:
+        yield
+        return
+    operations = FastAPI(openapi_url=None)
+    operations.state = app.state
+    operations.include_router(health.router)
+    envelope.install(operations)
+    # Its log is the first one's, which is set up already.
+    config = uvicorn.Config(
+        operations, host=settings.host, port=settings.metrics_port, lifespan="off", log_config=None, access_log=False
+    )
+    server = _Beside(config)
+    task = asyncio.create_task(server.serve())
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
+def api(settings: ApiSettings) -> None:
+    """Answer requests, with the work done by workers of the same Redis, until SIGINT or SIGTERM."""
+    from service.broker.redis.api import RedisBroker
+    from service.stores.redis import Connection, state_in
+
+    _log_to_stderr(settings)
+    broker = RedisBroker(settings.redis, settings.limits, prefix=settings.redis_prefix, models_seconds=MODELS_SECONDS)
+    connection, drain = Connection(settings.redis, settings.redis_prefix), Drain()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # Redis need not be there yet; until it is, /readyz and every request say so.
+        await broker.start()
+        try:
+            async with _metrics_beside(app, settings):
+                yield
+        finally:
+            await broker.close()
+            connection.close()
+
+    state = state_in(connection, settings.lease_seconds)
+    _run(settings, create_app(settings, broker, state, lifespan=lifespan, drain=drain), drain)

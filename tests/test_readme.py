@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -70,6 +70,26 @@ def running(command: str, directory: Path, log: Path) -> Iterator[httpx.Client]:
             process.wait(timeout=60)
 
 
+@contextmanager
+def background(command: str, directory: Path, log: Path) -> Iterator[None]:
+    """What a README command leaves running; it must still run when the last command has ended."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            f"exec {command.removesuffix('&')}",
+            shell=True,
+            cwd=directory,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            yield
+            assert process.poll() is None, log.read_text()
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that looks like the clone, so that what the commands write stays out of the real one."""
@@ -86,8 +106,11 @@ def test_the_commands_do_what_the_readme_says(newcomer: Path, tmp_path: Path) ->
     to_run = [c for c in everything if c != "make test" and not c.startswith("docker ")]
     assert len(to_run) >= 12
     # In the real clone: it must not install anything into a directory that will be gone.
-    with running("make serve", ROOT, tmp_path / "make-serve.log"):
+    with running("make serve", ROOT, tmp_path / "make-serve.log"), ExitStack() as until_the_end:
         for number, command in enumerate(to_run[1:]):
+            if command.endswith("&"):
+                until_the_end.enter_context(background(command, newcomer, tmp_path / f"background-{number}.log"))
+                continue
             if LONG_RUNNING.match(command):
                 with running(command, newcomer, tmp_path / f"serve-{number}.log") as client:
                     assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny"]

@@ -36,8 +36,8 @@ def calibrate(
 ) -> None:
     """Measure what normal images look like to a model and store it in the bundle: p-values are computed with it.
 
-    Of the data that a model was trained on, only the images kept out of training are used. Neither the weights nor the
-    model's id change.
+    Of the data that a model was trained on, only the images kept out of training are used; where nobody can tell which
+    these are, it says why. Exact copies count once. Neither the weights nor the model's id change.
     """
     with clear_errors():
         model = open_bundle(bundle)
@@ -50,13 +50,17 @@ def calibrate(
         from model.anomaly.conformal import smallest_alpha
         from model.device import resolve_device
         from model.weights import update_bundle
-        from training.calibrate import CalibrateOptions, calibrate_bundle, note
+        from training.calibrate import CalibrateOptions, calibrate_bundle, normal_images, note
         from training.card import with_calibration
 
         options = CalibrateOptions(split=split, limit=limit, seed=seed, name=name, batch_size=batch_size)
+        where, normals = resolve_device(device), normal_images(model, data, options)
+        for notice in normals.notices:
+            # Before the work: who reads that these images are the wrong ones need not wait for it.
+            typer.echo(f"{model.name}: {notice}")
         with progress_bar() as progress:
             show = partial(show_progress, progress, progress.add_task(model.name, total=None))
-            calibration = calibrate_bundle(model, data, options, resolve_device(device), show)
+            calibration = calibrate_bundle(model, normals, options, where, show)
         content = calibration.to_bytes()
         if out is None:
             update_bundle(model, calibration=content, card=with_calibration(model.card, note(calibration)))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from model.anomaly.calibration import Calibration, calibrate, split_sizes
 from model.anomaly.conformal import smallest_alpha
 from model.anomaly.features import Statistics, concatenate
+from model.anomaly.normals import distinct
 from model.anomaly.statistics import image_statistics
 from model.bundle import NAMES, Bundle, is_name
 from model.config import NoiseProtocol
@@ -55,23 +56,31 @@ class CalibrateOptions:
             raise ValueError(f"name: got {self.name!r}, allowed is {NAMES}")
 
 
+@dataclass(frozen=True)
+class NormalImages:
+    """What a bundle is calibrated with."""
+
+    images: Images
+    """Each of them once."""
+    source: str
+    """What they are, in words."""
+    notices: tuple[str, ...]
+    """What is to be known about them: whether they are new to the model, and what was left out."""
+
+
 def calibrate_bundle(
     bundle: Bundle,
-    data: Path,
+    normals: NormalImages,
     options: CalibrateOptions,
     device: torch.device,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Calibrate a bundle with the normal images of a data directory.
+    """Calibrate a bundle with normal images, those of :func:`normal_images`.
 
-    ``on_progress`` is told the images looked at so far and their whole number. Raises
-    :class:`~training.data.DataError` for data that cannot be used or was trained on, and ``ValueError`` for too few
-    images.
+    ``on_progress`` is told the images looked at so far and their whole number. Raises ``ValueError`` for an image that
+    the model has no finite statistics of.
     """
-    images, source = normal_images(bundle, data, options)
-    # Too few are told before minutes are spent on them.
-    split_sizes(len(images))
-    done = 0
+    images, done = normals.images, 0
 
     def advance(count: int) -> None:
         nonlocal done
@@ -94,31 +103,55 @@ def calibrate_bundle(
         "noise": bundle.config.noise.to_dict(),
         "seed": options.seed,
         "created": int(time.time()),
-        "source": source,
+        "source": normals.source,
     }
     return calibrate(statistics, images.pixels, record, order_seed=options.seed)
 
 
-def normal_images(bundle: Bundle, data: Path, options: CalibrateOptions) -> tuple[Images, str]:
-    """The images to calibrate with, and in words what they are; raises :class:`~training.data.DataError`."""
-    flow, name = bundle.config.flow, data.resolve().name
+def normal_images(bundle: Bundle, data: Path, options: CalibrateOptions) -> NormalImages:
+    """The images of a data directory to calibrate with, without those that the bundle is known to be trained on.
+
+    Raises :class:`~training.data.DataError` for data that cannot be used or was trained on, and ``ValueError`` for too
+    few different images.
+    """
+    flow, notices = bundle.config.flow, []
     images, source = load_images(data, options.split, flow.image_size, flow.channels), f"{options.split} split"
-    if options.split == "train":
-        try:
-            split = training_split(bundle, images)
-        except DataError:
-            # Other data than the bundle's own, so all of it is new to the weights.
-            pass
-        else:
-            images, source = split.kept_out, "images kept out of training"
-            if not len(images):
-                raise DataError(
-                    f"{data}: {bundle.name} was trained on all images of its training split, and calibrated with them "
-                    "it would flag too many others; give other normal images (--data, or --split test), or train with "
-                    "a holdout (data.holdout in the preset)"
-                )
+    trained_on: Images | None = None
+    try:
+        if options.split != "train":
+            raise DataError("its record is of a training split, and a test split cannot be compared with that")
+        split = training_split(bundle, images)
+    except DataError as error:
+        # They may be other data than the bundle's own. Nobody can tell, but everybody can be told.
+        notices.append(
+            f"not checked whether {bundle.name} was trained on these images: {error}; if it was, it will flag too "
+            "many others"
+        )
+    else:
+        trained_on, images, source = split.trained_on, split.kept_out, "images kept out of training"
+        if not len(images):
+            raise DataError(
+                f"{data}: {bundle.name} was trained on all images of its training split, and calibrated with them "
+                "it would flag too many others; give other normal images (--data, or --split test), or train with "
+                "a holdout (data.holdout in the preset)"
+            )
+        notices.append(
+            f"checked that {bundle.name} was not trained on these images: they are the {len(images):,} that training "
+            f"kept out, beside the {len(trained_on):,} in the bundle's record"
+        )
     images = images.part(None, options.limit)
-    return images, f"{name}, {source}"
+    kept = distinct(images.pixels, None if trained_on is None else trained_on.pixels)
+    copies = len(images) - len(kept)
+    if copies:
+        of_what = "others" if trained_on is None else "others or of images that it was trained on"
+        notices.append(f"left out {copies:,} of {len(images):,} images: exact copies of {of_what}")
+        images = Images(images.pixels[kept], images.labels[kept], images.class_names)
+    try:
+        # Too few are told before minutes are spent on them.
+        split_sizes(len(images))
+    except ValueError as error:
+        raise ValueError(f"{error} ({notices[-1]})" if copies else str(error)) from error
+    return NormalImages(images, f"{data.resolve().name}, {source}", tuple(notices))
 
 
 def all_statistics(

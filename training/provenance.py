@@ -31,6 +31,14 @@ def training_split(bundle: Bundle, images: Images) -> TrainingSplit:
     if config.flow.num_classes:
         images = match_labels(images, config.class_names, config.name)
     count = provenance["num_images"]
+    if len(images) < count:
+        raise DataError(
+            f"the training images here are not the ones it was trained on: {len(images):,} here, and it saw {count:,}"
+        )
     if data_fingerprint(images.part(None, count)) != provenance["sha256"]:
-        raise DataError("the training images here are not the ones it was trained on")
+        # One hash of all of them: it cannot tell other images from the same ones that came otherwise.
+        raise DataError(
+            "the training images here are not the ones it was trained on, or not with the same classes, in the same "
+            "order and decoded to the same pixels: they have another hash"
+        )
     return TrainingSplit(images.part(None, count), images.part(count, None))

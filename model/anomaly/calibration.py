@@ -26,6 +26,8 @@ from model.anomaly.conformal import smallest_alpha
 from model.anomaly.detector import FEWEST_IMAGES, SCORES, Detector
 from model.anomaly.features import Statistics
 from model.anomaly.maps import MapScale
+from model.anomaly.normals import distinct
+from model.anomaly.rounding import raised
 
 FORMAT_VERSION = 1
 DEFAULT_ALPHA = 0.01
@@ -82,7 +84,7 @@ class Calibration:
     record: CalibrationRecord
     detector: Detector
     sorted_scores: Mapping[str, Floats]
-    """Scores of the calibration images by name, sorted, (m,) each."""
+    """Scores of the calibration images by name, raised above what rounding may do to them, sorted, (m,) each."""
     maps: MapScale
 
     @cached_property
@@ -177,21 +179,24 @@ def calibrate(
     """Make a calibration of normal images' statistics, residuals included, and their pixels (N, C, H, W).
 
     ``record`` holds the fields of :class:`CalibrationRecord` that are not counted here. The images are split at random,
-    by ``order_seed``, since files often come in some order. Raises ``ValueError`` for too few images, and for one that
-    the model has no finite statistics of.
+    by ``order_seed``, since files often come in some order; exact copies count once. Raises ``ValueError`` for too few
+    different images, and for one that the model has no finite statistics of.
+
+    The statistics are the most of the memory that it takes: of the residual, their largest, nothing is copied.
     """
-    fit_size, calibration_size = split_sizes(len(pixels))
+    kept = distinct(pixels)
+    fit_size, calibration_size = split_sizes(len(kept))
     for name, values in statistics.items():
-        finite_N = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        finite_N = np.array([np.isfinite(row).all() for row in values])
         if not finite_N.all():
             raise ValueError(f"normal images: the model gives image {int(finite_N.argmin())} no finite {name}")
-    order = np.random.Generator(np.random.Philox(key=[order_seed, 0])).permutation(len(pixels))
-    fit, rest = np.sort(order[:fit_size]), np.sort(order[fit_size:])
+    order = np.random.Generator(np.random.Philox(key=[order_seed, 0])).permutation(len(kept))
+    fit, rest = np.sort(kept[order[:fit_size]]), np.sort(kept[order[fit_size:]])
     codes = code_lengths(pixels)
     # What is served is what was stored: the scores are those of the rounded arrays.
     detector = unflatten(Detector, flatten(Detector.fit(_take(statistics, fit), codes[fit])))
-    maps = unflatten(MapScale, flatten(MapScale.fit(_take(statistics, fit), detector, pixels.shape)))
-    maps = maps.with_threshold(_take(statistics, rest), detector)
+    maps = unflatten(MapScale, flatten(MapScale.fit(statistics, fit, detector, pixels.shape)))
+    maps = maps.with_threshold(statistics, rest, detector)
     scores = detector.scores(_take(statistics, rest), codes[rest])
     _, channels, size, _ = pixels.shape
     complete = CalibrationRecord(
@@ -200,8 +205,9 @@ def calibrate(
         num_calibration=calibration_size,
         codec_fingerprint=tuple(tuple(lengths) for lengths in fingerprint(channels, size)),
     )
-    return Calibration(complete, detector, {name: np.sort(values) for name, values in scores.items()}, maps)
+    return Calibration(complete, detector, {name: raised(np.sort(values)) for name, values in scores.items()}, maps)
 
 
 def _take(statistics: Statistics, index: NDArray[np.int64]) -> Statistics:
-    return {name: values[index] for name, values in statistics.items()}
+    """What the detector looks at, of some of the images."""
+    return {name: values[index] for name, values in statistics.items() if name != "residual"}

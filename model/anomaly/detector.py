@@ -27,6 +27,7 @@ from model.anomaly.features import (
 )
 from model.anomaly.gaussian import MAD_TO_STD, ShrunkGaussian, robust_scale
 from model.anomaly.mixture import GaussianMixture
+from model.anomaly.rounding import CONSTANT, rounding
 from model.anomaly.tail import Tail
 
 Floats = NDArray[np.float64]
@@ -40,6 +41,8 @@ SUMMARY_WEIGHT, COMPLEXITY_WEIGHT, LATENT_WEIGHT = 0.5, 0.6, 0.3
 FOLDS = 5
 TOP_PATCHES = 0.1
 """Share of the patches, the most remarkable ones, that ``max_patch`` is the mean of."""
+LEAST_SPREAD = 0.05
+"""Of the distances from a Gaussian, which are about one: those of images that are nearly the same have no spread."""
 FEWEST_IMAGES = 10
 """Images without which nothing can be fitted."""
 
@@ -71,27 +74,23 @@ class Detector:
         count = len(statistics["bits"])
         if count < FEWEST_IMAGES:
             raise ValueError(f"normal images: got {count} to fit to, allowed are {FEWEST_IMAGES} and more")
-        groups = {
-            "patches": patch_features(statistics),
-            "hidden": hidden_features(statistics),
-        }
-        latent = latent_features(statistics)
+        # One group after the other: as float64 each is large.
+        patches, patches_left_out = _gaussian(patch_features(statistics))
+        hidden, hidden_left_out = _gaussian(hidden_features(statistics))
+        latent, latent_left_out = _gaussian(latent_features(statistics))
         summary, without = summary_features(statistics, codes_BL), summary_features(statistics, None)
-        # A density flatters the images that it was fitted to: what is usual is measured on images left out in turn.
-        left_out = {
-            name: _left_out(values, lambda part: ShrunkGaussian.fit(part).distance) for name, values in groups.items()
-        }
-        shape_scale = np.stack([np.array(robust_scale(left_out[name])) for name in groups])
+        shape_scale = np.stack([np.array(robust_scale(values)) for values in (patches_left_out, hidden_left_out)])
+        shape_scale[:, 1] = np.maximum(shape_scale[:, 1], LEAST_SPREAD)
         patch_center_T, patch_scale_T = _patch_scale(statistics["patch_nll"])
         return cls(
-            patches=ShrunkGaussian.fit(groups["patches"]),
-            hidden=ShrunkGaussian.fit(groups["hidden"]),
-            latent=ShrunkGaussian.fit(latent),
+            patches=patches,
+            hidden=hidden,
+            latent=latent,
             summary=GaussianMixture.fit(summary),
             summary_without_codes=GaussianMixture.fit(without),
             shape_scale=shape_scale,
-            shape_tail=Tail.fit(_shape(shape_scale, left_out["patches"], left_out["hidden"])),
-            latent_tail=Tail.fit(_left_out(latent, lambda part: ShrunkGaussian.fit(part).distance)),
+            shape_tail=Tail.fit(_shape(shape_scale, patches_left_out, hidden_left_out)),
+            latent_tail=Tail.fit(latent_left_out),
             summary_tail=Tail.fit(_left_out(summary, lambda part: GaussianMixture.fit(part).surprise)),
             summary_without_codes_tail=Tail.fit(_left_out(without, lambda part: GaussianMixture.fit(part).surprise)),
             complexity_tail=Tail.fit(excess_bits(statistics, codes_BL)),
@@ -147,6 +146,14 @@ def _shape(scale_22: Floats, patches_B: Floats, hidden_B: Floats) -> Floats:
     return np.asarray((patches_B - first) / first_scale + (hidden_B - second) / second_scale)
 
 
+def _gaussian(values_NF: Floats) -> tuple[ShrunkGaussian, Floats]:
+    """A density of images, and the distance (N,) of each from one that was fitted without it.
+
+    A density flatters the images that it was fitted to: what is usual is measured on images left out in turn.
+    """
+    return ShrunkGaussian.fit(values_NF), _left_out(values_NF, lambda part: ShrunkGaussian.fit(part).distance)
+
+
 def _left_out(values_NF: Floats, fit: Callable[[Floats], Callable[[Floats], Floats]]) -> Floats:
     """What each image is given by a density that was fitted without it, in five folds."""
     fold_N = np.arange(len(values_NF)) % FOLDS
@@ -161,4 +168,4 @@ def _patch_scale(patch_nll_BT: NDArray[np.float32]) -> tuple[Floats, Floats]:
     values = patch_nll_BT.astype(np.float64)
     center_T = np.median(values, axis=0)
     mad_T = np.median(np.abs(values - center_T), axis=0)
-    return center_T, np.maximum(np.maximum(MAD_TO_STD * mad_T, 0.05 * np.median(mad_T)), 1e-6)
+    return center_T, np.maximum(np.maximum(MAD_TO_STD * mad_T, 0.05 * np.median(mad_T)), CONSTANT * rounding(center_T))

@@ -13,6 +13,7 @@ Shape legend: B images, C channels, H = W pixels, T patches.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.anomaly.features import Statistics, as_square
+from model.anomaly.rounding import raised
 
 if TYPE_CHECKING:
     from model.anomaly.detector import Detector
@@ -36,6 +38,8 @@ RARE_SHARE = 0.99
 """Share of normal images that have less at a place than what is 1 on the map."""
 LEAST_SHARE = 0.5
 """A pixel's usual residual is at least this share of that of all pixels: in corners next to nothing is usual."""
+ROWS = 64
+"""Images whose maps are made at a time: those of a whole calibration would take several times its memory."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +66,29 @@ class MapScale:
         return int(self.shape[1])
 
     @classmethod
-    def fit(cls, statistics: Statistics, detector: Detector, pixels_shape: tuple[int, ...]) -> MapScale:
-        """From the statistics of normal images, with gradients, and the shape (N, C, H, W) of their pixels."""
-        mean_HW = _size(statistics["residual"]).mean(axis=0)
+    def fit(
+        cls, statistics: Statistics, images_M: NDArray[np.int64], detector: Detector, pixels_shape: tuple[int, ...]
+    ) -> MapScale:
+        """From the statistics of these normal images, with gradients, and the shape (N, C, H, W) of all pixels."""
+        parts = _parts(statistics, images_M)
+        mean_HW = np.sum([_size(part["residual"]).sum(axis=0) for part in parts], axis=0) / len(images_M)
         usual_HW = np.maximum(mean_HW, LEAST_SHARE * mean_HW.mean() + 1e-9)
         shape, ones_HW = np.array(pixels_shape[1:3], np.float64), np.ones_like(usual_HW)
-        sums_BHW = cls(shape, usual_HW, ones_HW, 0.0).maps(statistics, detector)
-        rare_HW = _smooth(np.quantile(sums_BHW, RARE_SHARE, axis=0, keepdims=True))[0]
+        unscaled = cls(shape, usual_HW, ones_HW, 0.0)
+        sums = (unscaled.maps(part, detector) for part in _parts(statistics, images_M))
+        rare_HW = _smooth(upper_quantile(sums, len(images_M), RARE_SHARE)[None])[0]
         return cls(shape, usual_HW, rare_HW, 0.0)
 
-    def with_threshold(self, statistics: Statistics, detector: Detector) -> MapScale:
-        """The same with a threshold by other normal images than it was fitted to.
+    def with_threshold(self, statistics: Statistics, images_M: NDArray[np.int64], detector: Detector) -> MapScale:
+        """The same with a threshold by these normal images, others than it was fitted to.
 
         Of m of them the ⌈0.95 (m + 1)⌉-th smallest peak, or the largest for fewer than 19: a further normal image
         exceeds it with a probability of at most 5%, or of 1/(m + 1), as a conformal p-value has it.
         """
-        peaks_B = np.sort(self.maps(statistics, detector).max(axis=(1, 2)))
-        rank = min(len(peaks_B), math.ceil(NORMAL_SHARE * (len(peaks_B) + 1)))
-        return replace(self, threshold=float(np.float32(peaks_B[rank - 1])))
+        parts = _parts(statistics, images_M)
+        peaks_M = np.concatenate([self.maps(part, detector).max(axis=(1, 2)) for part in parts])
+        rank = min(len(peaks_M), math.ceil(NORMAL_SHARE * (len(peaks_M) + 1)))
+        return replace(self, threshold=float(np.float32(raised(np.sort(peaks_M))[rank - 1])))
 
     def maps(self, statistics: Statistics, detector: Detector) -> Floats:
         """Maps (B, H, W): 1 where one normal image in a hundred has as much. The statistics must have ``residual``."""
@@ -94,6 +103,27 @@ class MapScale:
         square = as_square(np.abs(detector.patch_z(statistics)))
         times = self.image_size // square.shape[-1]
         return square.repeat(times, axis=-1).repeat(times, axis=-2)
+
+
+def _parts(statistics: Statistics, images_M: NDArray[np.int64]) -> Iterator[Statistics]:
+    """What maps are made of, of some of the images in turn."""
+    for start in range(0, len(images_M), ROWS):
+        rows = images_M[start : start + ROWS]
+        yield {name: statistics[name][rows] for name in ("patch_nll", "residual")}
+
+
+def upper_quantile(parts: Iterable[Floats], count: int, share: float) -> Floats:
+    """Quantile (H, W) over ``count`` images that come in parts (B, H, W), interpolated; keeps those above it alone."""
+    place = share * (count - 1)
+    below = math.floor(place)
+    largest_KHW: Floats | None = None
+    for part_BHW in parts:
+        together = part_BHW if largest_KHW is None else np.concatenate([largest_KHW, part_BHW])
+        surplus = len(together) - (count - below)
+        largest_KHW = np.partition(together, surplus, axis=0)[surplus:] if surplus > 0 else together
+    ordered_KHW = np.sort(np.asarray(largest_KHW), axis=0)
+    low_HW, high_HW = ordered_KHW[0], ordered_KHW[min(1, count - below - 1)]
+    return np.asarray(low_HW + (place - below) * (high_HW - low_HW))
 
 
 def _size(residual_BCHW: NDArray[np.float32]) -> Floats:

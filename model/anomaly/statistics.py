@@ -20,8 +20,14 @@ from model.noise import input_noise
 
 
 @torch.no_grad()
-def flow_statistics(flow: Flow, noise: NoiseProtocol, x_BTD: Tensor, y_B: Tensor | None = None) -> Statistics:
-    """The statistics of :mod:`model.anomaly.features` that one pass gives, of continuous patches (B, T, D)."""
+def flow_statistics(
+    flow: Flow, noise: NoiseProtocol, x_BTD: Tensor, y_B: Tensor | None = None
+) -> tuple[Tensor, Statistics]:
+    """What one pass gives of continuous patches (B, T, D): log p(x | y) (B,) in nats, and statistics.
+
+    The first is that of :func:`model.likelihood.log_likelihood`, to the last digit; the second are those of
+    :mod:`model.anomaly.features` that need no gradient.
+    """
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -33,6 +39,11 @@ def flow_statistics(flow: Flow, noise: NoiseProtocol, x_BTD: Tensor, y_B: Tensor
         steps = flow.trace(x_BTD, y_B)
     finally:
         hook.remove()
+    logdet_B = torch.zeros_like(steps[0][1][:, 0, 0])
+    for _, alpha_BTD in steps:
+        # Block by block as the flow does it: in another order the last digits were others.
+        logdet_B = logdet_B - alpha_BTD.sum(dim=(1, 2))
+    nats_B = prior_terms(steps[-1][0], flow.prior_variance).sum(dim=(1, 2)) + logdet_B
     log_scale_BKT = torch.stack([alpha.float().sum(dim=2) for _, alpha in steps], dim=1)
     latent_BTD = (steps[-1][0] / flow.prior_variance.sqrt()).float()
     states = [z.float() for z, _ in steps[:-1]] + [latent_BTD]
@@ -46,7 +57,7 @@ def flow_statistics(flow: Flow, noise: NoiseProtocol, x_BTD: Tensor, y_B: Tensor
         "latent": _latent_statistics(flow, latent_BTD),
         "hidden": _pooled(seen[0]),
     }
-    return {name: value.float().cpu().numpy() for name, value in statistics.items()}
+    return nats_B, {name: value.float().cpu().numpy() for name, value in statistics.items()}
 
 
 def residual_statistics(
@@ -97,13 +108,23 @@ def image_statistics(
     All images get the same noise: a score is then a function of the image alone, which is all that conformal p-values
     ask for.
     """
+    return likelihood_and_statistics(flow, noise, pixels_BCHW, y_B, seed=seed, gradient=gradient)[1]
+
+
+def likelihood_and_statistics(
+    flow: Flow, noise: NoiseProtocol, pixels_BCHW: Tensor, y_B: Tensor | None, *, seed: int, gradient: bool = False
+) -> tuple[Tensor, Statistics]:
+    """log p(x | y) (B,) in nats of the images with the first draw of ``seed``, and their :func:`image_statistics`.
+
+    Both come from one pass.
+    """
     device = flow.prior_variance.device
-    draw_CHW = input_noise(noise.kind, seed, 1, tuple(pixels_BCHW.shape[1:]))[0].to(device)
-    pixels_BCHW = pixels_BCHW.to(device)
-    x_BTD = flow.patchify(add_noise(pixels_BCHW, noise, draw_CHW))
+    # Noised where the images are, as for a likelihood: another device may round otherwise.
+    draw_CHW = input_noise(noise.kind, seed, 1, tuple(pixels_BCHW.shape[1:]))[0].to(pixels_BCHW.device)
+    x_BTD = flow.patchify(add_noise(pixels_BCHW, noise, draw_CHW).to(device))
     labels_B = None if y_B is None else y_B.to(device)
-    statistics = flow_statistics(flow, noise, x_BTD, labels_B)
+    nats_B, statistics = flow_statistics(flow, noise, x_BTD, labels_B)
     if gradient:
-        clean_BTD = flow.patchify(add_noise(pixels_BCHW, noise, centre_draw(noise.kind)))
+        clean_BTD = flow.patchify(add_noise(pixels_BCHW, noise, centre_draw(noise.kind)).to(device))
         statistics |= residual_statistics(flow, noise, clean_BTD, x_BTD, labels_B)
-    return statistics
+    return nats_B, statistics

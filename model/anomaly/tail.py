@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from model.anomaly.rounding import raised
+
 Floats = NDArray[np.float64]
 
 KNEE = 0.9
 """Share of the normal images below the knee."""
 MOST = 60.0
 """Largest surprise; no number of images could confirm a rarer event."""
+EQUAL = 1e-3
+"""Share of their size by which scores may differ and count as equal: ranks would make much of the last digits."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Tail:
     @classmethod
     def fit(cls, scores_N: Floats) -> Tail:
         """From the scores of normal images; larger is more anomalous."""
-        sorted_N = np.sort(np.asarray(scores_N, np.float64))
+        sorted_N = raised(np.sort(np.asarray(scores_N, np.float64)), EQUAL)
         above_N = sorted_N[int(KNEE * len(sorted_N)) :]
         start = above_N[0]
         # Of few images none may be beyond the knee; what all of them spread is a bound then.

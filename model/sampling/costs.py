@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 
 import torch
 
@@ -11,7 +12,7 @@ from model.sampling.graphs import DecodeGraphs
 from model.sampling.guided import Guidance
 from model.sampling.kernel import BlockKernel, FlowKernel, Memory
 from model.sampling.plan import CostProfile, PassCost, segment_lengths
-from model.sampling.rows import make_rows
+from model.sampling.rows import finish, make_rows
 
 LONG_SECONDS = 0.02
 """Rows are not added to a pass this long: beyond it, time grows with the rows."""
@@ -34,30 +35,41 @@ def measure_costs(
     step of ``graphs``, where there are some. Without ``segments`` only one patch and the whole sequence are measured:
     a model that was not tuned needs no more.
     """
+    return finish(cost_steps(kernels, most_rows, graphs, segments=segments))
+
+
+@torch.no_grad()
+def cost_steps(
+    kernels: FlowKernel, most_rows: int, graphs: DecodeGraphs | None = None, *, segments: bool = True
+) -> Generator[None, None, CostProfile]:
+    """:func:`measure_costs` that yields after every size, for work in between; threads are the caller's then."""
     config = kernels.flow.config
     kernel = max(kernels.blocks, key=lambda k: len(k.layers))
     device = kernel.in_bias.device
     given = torch.get_num_threads()
     choices = sorted({1, given}) if device.type == "cpu" else [given]
     costs = []
-    try:
-        between = reversed(segment_lengths(config.num_patches)) if segments else ()
-        for patches in [1, *between, config.num_patches]:
-            rows = 1
-            while True:
-                timed = {n: _seconds(kernel, config, rows, patches, n) for n in choices}
-                threads = min(choices, key=lambda n: timed[n])
-                seconds = timed[threads]
-                if graphs is not None and patches == 1:
-                    seconds = min(seconds, _repeated_seconds(kernel, config, rows, graphs))
-                if rows * patches >= LARGE and timed[choices[-1]] > HOPELESS * seconds:
-                    choices = choices[:1]
-                costs.append(PassCost(rows=rows, patches=patches, seconds=seconds, threads=threads))
-                if rows >= most_rows or seconds > LONG_SECONDS:
-                    break
-                rows = min(2 * rows, most_rows)
-    finally:
-        torch.set_num_threads(given)
+    between = reversed(segment_lengths(config.num_patches)) if segments else ()
+    for patches in [1, *between, config.num_patches]:
+        rows = 1
+        while True:
+            timed = {}
+            for threads in choices:
+                try:
+                    timed[threads] = _seconds(kernel, config, rows, patches, threads)
+                finally:
+                    torch.set_num_threads(given)
+                yield
+            threads = min(choices, key=lambda n: timed[n])
+            seconds = timed[threads]
+            if graphs is not None and patches == 1:
+                seconds = min(seconds, _repeated_seconds(kernel, config, rows, graphs))
+            if rows * patches >= LARGE and timed[choices[-1]] > HOPELESS * seconds:
+                choices = choices[:1]
+            costs.append(PassCost(rows=rows, patches=patches, seconds=seconds, threads=threads))
+            if rows >= most_rows or seconds > LONG_SECONDS:
+                break
+            rows = min(2 * rows, most_rows)
     return CostProfile(costs)
 
 

@@ -165,6 +165,11 @@ class DecodeGraphs:
             if steps is not None:
                 steps.begin(kernel, rows, guidance, z_TBD)
             return steps
+        except torch.OutOfMemoryError as error:
+            # Other batches may be smaller, or come at a better time; what the idle sets hold may be what lacks.
+            log.warning("a batch is decoded without CUDA graphs: %s", error)
+            self._idle.clear()
+            return None
         except RuntimeError as error:
             self.reason = str(error)
             log.warning("decoding goes on without CUDA graphs: %s", error)

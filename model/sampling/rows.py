@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from model.config import SCHEDULES, SamplingDefaults, SolverOptions
 from model.flow import NO_CLASS
+
+if TYPE_CHECKING:
+    from model.sampling.batch import Boundary
 
 Result = TypeVar("Result")
 ALL_BLOCKS = 2**31
@@ -25,6 +28,10 @@ class Progress:
     fraction: float
     preview_BTD: Tensor | None = None
     """The rows after the last finished block, in image order."""
+    stage: str = ""
+    """Which part of the work this is: blocks are counted anew in each."""
+    boundary: Boundary | None = None
+    """Set where the sampler stands between two blocks and rows of another may join, if it was asked to stop there."""
 
 
 Slices = Generator[Progress, Tensor | None, Tensor]
@@ -61,6 +68,11 @@ class Rows:
         """The rows at ``index``."""
         return Rows(**{name: value[index] for name, value in vars(self).items()})
 
+    @staticmethod
+    def concatenate(parts: Sequence[Rows]) -> Rows:
+        """All rows of all parts, one after another."""
+        return Rows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
     def guided(self, block: int) -> Tensor:
         """Indices of rows that need a second pass in the ``block``-th block of sampling: a weight, and a pass that
         differs."""
@@ -96,7 +108,7 @@ def make_rows(
     )
 
 
-def finish(slices: Generator[Any, Tensor | None, Result]) -> Result:
+def finish(slices: Generator[Any, Any, Result]) -> Result:
     """Run a sampler to its end in one go."""
     while True:
         try:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from model.config import SolverOptions
-from model.flow import Flow, at_least_float32
+from model.flow import Flow
+from model.sampling.batch import Batch, Boundary, Join, Kind
 from model.sampling.certificate import backward_error
 from model.sampling.graphs import DecodeGraphs, cuda_captures
 from model.sampling.groups import GroupedBlock
@@ -66,36 +67,10 @@ class Decoded:
                 a[index] = b
 
 
-Sampling = Generator[Progress, Tensor | None, Decoded]
+Message = Tensor | Join | None
+"""What may be sent to a sampler in flight: indices of the rows to keep, or at a boundary the rows of another."""
+Sampling = Generator[Progress, Message, Decoded]
 """A sampler in flight. ``send(keep)`` with row indices drops all other rows before the next slice."""
-
-
-@dataclass
-class _Batch:
-    """The rows that are still there, and what is known of them by now."""
-
-    rows: Rows
-    x_BTD: Tensor
-    """Output of the last finished block, in image order."""
-    passes_B: Tensor
-    states: list[Tensor]
-    """Outputs of all finished blocks, where they are kept."""
-    guesses: list[Tensor]
-    """Outputs of all blocks of a draft, from which iterations start."""
-    memory: Memory | None = None
-    """What the last block used; the next one uses it again if it has the size."""
-
-    @classmethod
-    def start(cls, flow: Flow, rows: Rows) -> _Batch:
-        latent_BTD = at_least_float32(rows.latent_BTD)
-        x_BTD = latent_BTD * flow.prior_variance.sqrt().to(latent_BTD.dtype)
-        return cls(rows, x_BTD, torch.zeros_like(rows.label_B), [], [])
-
-    def keep(self, index: Tensor) -> None:
-        """Forget the other rows."""
-        self.rows, self.x_BTD, self.passes_B = self.rows.select(index), self.x_BTD[index], self.passes_B[index]
-        self.states = [state[index] for state in self.states]
-        self.guesses = [guess[index] for guess in self.guesses]
 
 
 @dataclass
@@ -103,16 +78,27 @@ class _Meter:
     """How much of a sampler's work is done: a draft counts as much as the blocks, a certificate as one block."""
 
     num_blocks: int
-    parts: int
-    """Blocks of work in all, those of a draft and the certificate included."""
+    stages: int
+    """How often the rows go through all blocks: twice when a draft is polished."""
+    always: bool
+    """Whether there is a certificate even of exact rows."""
+    iterates: bool
+    """Whether rows are iterated, so that they need one; that may change when others join."""
+    stage: str = "blocks"
     before: int = 0
     """Blocks of work before the current stage."""
     blocks: int = 0
-    """Blocks that are finished for good."""
+    """Blocks of the current stage that are finished."""
 
-    def progress(self, part: float, image_BTD: Tensor | None = None) -> Progress:
+    @property
+    def parts(self) -> int:
+        """Blocks of work in all, those of a draft and the certificate included."""
+        return self.num_blocks * self.stages + (self.always or self.iterates)
+
+    def progress(self, part: float, image_BTD: Tensor | None, boundary: Boundary | None = None) -> Progress:
         """After ``part`` blocks of work of the current stage."""
-        return Progress(self.blocks, self.num_blocks, (self.before + part) / self.parts, image_BTD)
+        fraction = (self.before + part) / self.parts
+        return Progress(self.blocks, self.num_blocks, fraction, image_BTD, self.stage, boundary)
 
 
 class Sampler:
@@ -158,31 +144,35 @@ class Sampler:
         *,
         plan: Plan | None = None,
         trajectory: bool = False,
+        boundaries: bool = False,
     ) -> Sampling:
         """Latents to patches, yielding after every pass. Sending row indices keeps only those rows.
 
         ``plan`` overrides the choice by ``options``, whose tolerance is for the plan: each row's own counts for
-        what it converges to and for its certificate.
+        what it converges to and for its certificate. With ``boundaries`` it yields before every block, too, where a
+        :class:`~model.sampling.batch.Join` may be sent; raises ``ValueError`` for rows that stand elsewhere.
         """
-        plan = plan or self.plan(rows, options)
         drafts = options.precision == "bf16"
-        exact = plan.is_sequential and not drafts
-        polishes, certifies = drafts and options.certify is not False, options.certify or not exact
+        polishes = drafts and options.certify is not False
         num_blocks = len(self.flow.blocks)
-        meter = _Meter(num_blocks, num_blocks * (1 + polishes) + bool(certifies))
-        batch = _Batch.start(self.flow, rows)
+        batch = Batch.start(self.flow, rows, plan or self.plan(rows, options))
+        meter = _Meter(num_blocks, 1 + polishes, drafts or bool(options.certify), batch.iterates)
+        kind = Kind(options.solver, options.precision, options.certify, trajectory) if boundaries else None
         if drafts:
-            yield from self._blocks(self.low_precision, batch, plan, meter, keeps_states=trajectory or polishes)
+            meter.stage = "draft"
+            yield from self._blocks(self.low_precision, batch, meter, kind, keeps_states=trajectory or polishes)
         if polishes:
-            meter.before, meter.blocks = num_blocks, 0
-            batch = replace(_Batch.start(self.flow, batch.rows), passes_B=batch.passes_B, guesses=batch.states)
+            meter.stage, meter.before, meter.blocks = "polish", num_blocks, 0
             whole = BlockPlan(segment=self.flow.config.num_patches - 1)
-            plan = Plan(blocks=(whole,) * num_blocks, gain=plan.gain, floor=plan.floor)
+            plan = Plan(blocks=(whole,) * num_blocks, gain=batch.plan.gain, floor=batch.plan.floor)
+            passes_B, guesses = batch.passes_B, batch.states
+            batch = replace(Batch.start(self.flow, batch.rows, plan), passes_B=passes_B, guesses=guesses)
         if polishes or not drafts:
-            yield from self._blocks(self.kernel, batch, plan, meter, keeps_states=trajectory)
+            yield from self._blocks(self.kernel, batch, meter, kind, keeps_states=trajectory)
+        exact = not drafts and not batch.iterated
         error_B = torch.full_like(batch.x_BTD[:, 0, 0], float("nan"))
-        if certifies:
-            meter.before = meter.parts - 1
+        if meter.always or not exact:
+            meter.stage, meter.before = "certificate", num_blocks * meter.stages
             error_B = yield from self._certify(batch, meter)
         result = Decoded(
             x_BTD=batch.x_BTD,
@@ -196,14 +186,20 @@ class Sampler:
         return (yield from self._redo(batch.rows, result, options, meter))
 
     def _blocks(
-        self, kernels: FlowKernel, batch: _Batch, plan: Plan, meter: _Meter, *, keeps_states: bool
-    ) -> Generator[Progress, Tensor | None, None]:
+        self, kernels: FlowKernel, batch: Batch, meter: _Meter, kind: Kind | None, *, keeps_states: bool
+    ) -> Generator[Progress, Message, None]:
         """All blocks of a batch in one precision; ends at once when no row is left."""
         if not len(batch.rows):
             return
-        for number, (kernel, how) in enumerate(zip(kernels.blocks, plan.blocks, strict=True)):
+        for number, kernel in enumerate(kernels.blocks):
+            if kind is not None:
+                yield from self._stand(batch, meter, Boundary(kind, meter.stage, number, batch))
+                if not len(batch.rows):
+                    return
+            how = batch.plan.blocks[number]
+            batch.iterated |= how.segment != 1
             rows_per_group = self._group_rows(batch.rows, number, how)
-            block = self._grouped(kernel, batch, number, how, plan, rows_per_group)
+            block = self._grouped(kernel, batch, number, how, rows_per_group)
             threads = self._threads(2 * rows_per_group, how.segment)
             send = _send_on_gpu if batch.x_BTD.device.type == "cuda" else _send
             steps, keep = block.run(), None
@@ -213,7 +209,7 @@ class Sampler:
                 except StopIteration as stop:
                     x_TBD: Tensor = stop.value
                     break
-                keep = yield meter.progress(number + share, batch.x_BTD)
+                keep = _indices((yield meter.progress(number + share, batch.x_BTD)))
                 if keep is not None:
                     batch.keep(keep)
                     if not len(keep):
@@ -224,8 +220,23 @@ class Sampler:
             if keeps_states:
                 batch.states.append(batch.x_BTD)
 
+    @staticmethod
+    def _stand(batch: Batch, meter: _Meter, boundary: Boundary) -> Generator[Progress, Message, None]:
+        """Between two blocks: rows may leave as always, and others join."""
+        message = yield meter.progress(boundary.block, batch.x_BTD, boundary)
+        if isinstance(message, Join):
+            if not boundary.meets(message.other):
+                raise ValueError(f"rows at {message.other.stage} {message.other.block} cannot join here")
+            batch.join(message.other.batch)
+            if message.plan is not None:
+                batch.plan = message.plan
+            meter.iterates = batch.iterates
+            message = message.keep
+        if message is not None:
+            batch.keep(message)
+
     def _grouped(
-        self, kernel: BlockKernel, batch: _Batch, number: int, how: BlockPlan, plan: Plan, rows_per_group: int
+        self, kernel: BlockKernel, batch: Batch, number: int, how: BlockPlan, rows_per_group: int
     ) -> GroupedBlock:
         """One block of a batch, ready to run."""
         config = self.flow.config
@@ -249,7 +260,7 @@ class Sampler:
                 turned(x_BTD).transpose(0, 1).contiguous(),
                 batch.memory,
                 segment=how.segment,
-                residual_B=_residuals(plan, rows.tolerance_B),
+                residual_B=_residuals(batch.plan, rows.tolerance_B),
                 guess_TBD=None if guess_BTD is None else turned(guess_BTD).transpose(0, 1),
                 graphs=self.graphs,
             )
@@ -266,7 +277,7 @@ class Sampler:
         passes = (len(rows) + len(rows.guided(number))) / len(rows)
         return self.costs.most_rows(SLICE_SECONDS, how.segment, passes, len(rows))
 
-    def _certify(self, batch: _Batch, meter: _Meter) -> Generator[Progress, Tensor | None, Tensor]:
+    def _certify(self, batch: Batch, meter: _Meter) -> Generator[Progress, Message, Tensor]:
         """Backward errors (B,) of the rows that are there at the end."""
         alive_B = torch.arange(len(batch.rows), device=batch.x_BTD.device)
         rows_per_pass = max(1, min(self.rows_per_pass, len(batch.rows)))
@@ -277,7 +288,7 @@ class Sampler:
                 share = _send(steps, None, threads)
             except StopIteration as stop:
                 return stop.value[alive_B]
-            keep = yield meter.progress(share * UNFINISHED, batch.x_BTD)
+            keep = _indices((yield meter.progress(share * UNFINISHED, batch.x_BTD)))
             if keep is not None:
                 # A pass in work is finished; rows that left are just not returned.
                 batch.keep(keep)
@@ -287,7 +298,7 @@ class Sampler:
 
     def _redo(
         self, rows: Rows, result: Decoded, options: SolverOptions, meter: _Meter
-    ) -> Generator[Progress, Tensor | None, Decoded]:
+    ) -> Generator[Progress, Message, Decoded]:
         """Decode again what is not good enough: sequentially in float32, which is final."""
         finite_B = torch.isfinite(result.x_BTD).all(dim=2).all(dim=1)
         missed_B = result.backward_error_B > rows.tolerance_B
@@ -296,6 +307,7 @@ class Sampler:
         if not len(bad):
             return result
         result.redone_B[bad] = torch.where(finite_B[bad], int(Redone.TOLERANCE), int(Redone.NOT_FINITE))
+        meter.stage = "redo"
         final = SolverOptions(solver="sequential", tolerance=options.tolerance, certify=True)
         steps = self.decode(rows.select(bad), final, trajectory=bool(result.trajectory))
         keep_bad: Tensor | None = None
@@ -305,7 +317,7 @@ class Sampler:
             except StopIteration as stop:
                 again: Decoded = stop.value
                 break
-            keep = yield meter.progress(UNFINISHED, result.x_BTD)
+            keep = _indices((yield meter.progress(UNFINISHED, result.x_BTD)))
             keep_bad = None
             if keep is not None:
                 place_B = torch.full((len(result.x_BTD),), -1, device=keep.device)
@@ -324,6 +336,13 @@ class Sampler:
     def _threads(self, network_rows: int, patches: int) -> int | None:
         """Threads for passes of a size, or ``None`` to leave them as they are."""
         return None if self.costs is None else self.costs.threads(network_rows, patches)
+
+
+def _indices(message: Message) -> Tensor | None:
+    """What was sent between two passes of a block: nothing but rows to keep."""
+    if isinstance(message, Join):
+        raise ValueError("rows can join at a boundary of blocks only")
+    return message
 
 
 def _residuals(plan: Plan, tolerance_B: Tensor) -> Tensor:

@@ -29,10 +29,11 @@ from service.api.normals import read_normals
 from service.api.rendering import finite_or_none
 from service.api.schemas import ErrorBody, ErrorResponse, Notice
 from service.api.spooling import SpooledForm, spooled_form
-from service.calibrations import OWN, CalibrationStore, Stored
-from service.calibrator import Run, new_pending
+from service.calibrations import OWN, Stored
+from service.calibrator import new_pending
 from service.errors import InternalError, InvalidRequest
 from service.jobs import ModelInfo
+from service.pending import Run
 
 PATH = "/v1/calibrations"
 ALPHAS = (0.1, 0.05, 0.01)
@@ -168,10 +169,6 @@ def _score_facts(calibration: Calibration, score: str) -> ScoreFacts:
     return ScoreFacts(histogram=ScoreHistogram(edges=edges.tolist(), counts=counts.tolist()), thresholds=thresholds)
 
 
-def _stored(store: CalibrationStore, model: ModelInfo, name: str) -> Stored | None:
-    return next((stored for stored in store.entries(model) if stored.name == name), None)
-
-
 @router.post(
     "",
     status_code=202,
@@ -186,7 +183,7 @@ async def create_calibration(request: Request, response: Response, context: Cont
     its progress is. A name that is taken is refused with 409 unless ``replace`` is true.
     """
     settings = context.settings
-    async with spooled_form(request, settings.state, settings.max_calibration_images) as form:
+    async with spooled_form(request, context.spool, settings.max_calibration_images) as form:
         fields = _read_fields(form)
         model = await context.model(fields.model)
         # Before the work of decoding.
@@ -195,7 +192,7 @@ async def create_calibration(request: Request, response: Response, context: Cont
     pending = new_pending(model, fields.name, fields.seed, normals.pixels, normals.source, normals.notices)
     run = await context.calibrator.submit(model, pending, normals.pixels, replace=fields.replace)
     response.headers["Location"] = f"{PATH}/{quote(fields.name)}?model={quote(model.name)}"
-    stored = await anyio.to_thread.run_sync(_stored, context.calibrations, model, fields.name)
+    stored = await anyio.to_thread.run_sync(context.calibrations.entry, model, fields.name)
     return CalibrationSummary(**_summary(model, stored, run))
 
 
@@ -203,8 +200,9 @@ async def create_calibration(request: Request, response: Response, context: Cont
 async def list_calibrations(context: ContextDependency, model: ModelQuery = None) -> CalibrationList:
     """The bundle's own as ``default``, then finished ones, then those in the making and those that failed."""
     served = await context.model(model)
+    # The runs first: one that is finished meanwhile is then among both, and not among none.
+    runs = {run.pending.name: run for run in await context.calibrator.runs(served.name)}
     entries = await anyio.to_thread.run_sync(lambda: list(context.calibrations.entries(served)))
-    runs = {run.pending.name: run for run in context.calibrator.runs(served.name)}
     kept = {stored.name: stored for stored in entries}
     summaries = [_summary(served, stored, None) for name, stored in kept.items() if name not in runs]
     summaries += [_summary(served, kept.get(name), run) for name, run in runs.items()]
@@ -215,10 +213,10 @@ async def list_calibrations(context: ContextDependency, model: ModelQuery = None
 async def describe_calibration(name: str, context: ContextDependency, model: ModelQuery = None) -> CalibrationDetails:
     """How far it is, what it was made of, and what scores and levels mean for normal images."""
     served = await context.model(model)
-    run = context.calibrator.run_of(served.name, name)
+    run = await context.calibrator.find(served.name, name)
 
     def build() -> CalibrationDetails:
-        stored = _stored(context.calibrations, served, name)
+        stored = context.calibrations.entry(served, name)
         if stored is None and run is None:
             raise context.calibrations.missing(served, name)
         calibration = None if stored is None else stored.calibration

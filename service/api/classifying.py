@@ -71,7 +71,7 @@ async def classify(request: Request, context: ContextDependency) -> ClassifyResp
     check_draws(body.draws, context.settings)
     # Every class and none, for each draw.
     passes = (len(model.class_names) + 1) * body.draws
-    await context.broker.check(model.name, cost_of(model, len(uploads), passes))
+    await context.door.check(model.name, cost_of(model, len(uploads), passes))
     inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "draws": body.draws, "seed": body.seed}
     job = new_job(model, Op.CLASSIFY, payload, len(uploads), passes)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Annotated
 
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
+from service.api.door import Door
 from service.broker.base import Broker
 from service.calibrations import CalibrationStore
 from service.calibrator import Calibrator
@@ -28,8 +30,10 @@ class Context:
         self.request = request
         self.settings: Settings = request.app.state.settings
         self.broker: Broker = request.app.state.broker
+        self.door: Door = request.app.state.door
         self.calibrations: CalibrationStore = request.app.state.calibrations
         self.calibrator: Calibrator = request.app.state.calibrator
+        self.spool: Path = request.app.state.spool
         self.drift: Drift = request.app.state.drift
         self.metrics: ServiceMetrics = request.app.state.metrics
         self.decoding: CapacityLimiter = request.app.state.decoding

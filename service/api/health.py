@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from service.api.context import Context, ContextDependency
 from service.broker.base import WorkerStatus
+from service.errors import Unavailable
 
 router = APIRouter(tags=["operations"])
 
@@ -29,8 +30,12 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", summary="Can requests be served?", responses={503: {"description": "Not ready"}})
 async def readyz(context: ContextDependency) -> JSONResponse:
     """200 when a worker has loaded and warmed up its models and its inference loop is running."""
-    ready = await _ready_workers(context)
-    draining = context.request.app.state.draining()
+    reason = "no worker is ready; one is starting, busy or being replaced"
+    try:
+        ready = await _ready_workers(context)
+    except Unavailable as error:
+        ready, reason = [], error.message
+    draining = context.request.app.state.drain.draining
     workers = [
         {
             "id": w.info.id,
@@ -42,7 +47,7 @@ async def readyz(context: ContextDependency) -> JSONResponse:
     ]
     if ready and not draining:
         return JSONResponse({"status": "ready", "workers": workers})
-    reason = "shutting down" if draining else "no worker is ready; one is starting, busy or being replaced"
+    reason = "shutting down" if draining else reason
     return JSONResponse(
         {"status": "not_ready", "reason": reason, "workers": workers}, status_code=503, headers={"Retry-After": "2"}
     )
@@ -52,8 +57,11 @@ async def readyz(context: ContextDependency) -> JSONResponse:
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
 async def metrics(context: ContextDependency) -> Response:
     """The figures of this process, and those of the workers, in Prometheus' text format."""
-    workers = await context.broker.workers()
-    content = context.metrics.render(
-        await context.broker.stats(), workers, len(await _ready_workers(context)), context.request.app.state.restarts()
-    )
+    try:
+        workers, stats = await context.broker.workers(), await context.broker.stats()
+        ready, restarts = len(await _ready_workers(context)), context.request.app.state.restarts()
+    except Unavailable:
+        # What this process has counted can be told without a broker.
+        return Response(context.metrics.render_own(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    content = context.metrics.render(stats, workers, ready, restarts)
     return Response(content, media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -50,7 +50,15 @@ async def verdicts_of(
     context: Context, model: ModelInfo, question: Question, result: JobResult, inputs: Inputs
 ) -> list[Verdict]:
     """Each image's verdict, from what the worker computed; drift is watched on the way."""
-    verdicts = await anyio.to_thread.run_sync(judge, question, statistics_of(result.arrays), inputs.pixels)
+
+    def judged() -> tuple[list[Verdict], bool]:
+        verdicts = judge(question, statistics_of(result.arrays), inputs.pixels)
+        return verdicts, context.calibrations.is_current(model, question.name, question.calibration)
+
+    verdicts, is_current = await anyio.to_thread.run_sync(judged)
+    # One that was deleted or replaced meanwhile is forgotten, and its p-values say nothing of its successor.
+    if not is_current:
+        return verdicts
     context.drift.observe(
         model.name,
         question.name,
@@ -58,6 +66,7 @@ async def verdicts_of(
         [verdict.p_value for verdict in verdicts],
         [verdict.is_anomaly for verdict in verdicts],
         num_calibration=question.calibration.record.num_calibration,
+        version=question.calibration,
     )
     return verdicts
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from model.anomaly.calibration import FEWEST_NORMALS
+from model.anomaly.normals import distinct
 from model.images import ImageError, fit_image, load_image
 from service.api.spooling import SpooledFile
-from service.archives import ArchiveError, ImageArchive, is_archive
+from service.archives import Allowance, ArchiveError, ImageArchive, is_archive
 from service.calibrator import MOST_VALUES
 from service.errors import Canceled, InvalidRequest
 from service.jobs import ModelInfo
@@ -26,14 +27,16 @@ MOST_PROBLEMS = 20
 MOST_SHOWN = 5
 """Archives that a notice or the source names."""
 UNPACKED_SHARE = 8
-"""Uncompressed bytes of all images in an archive, as a multiple of the largest body."""
+"""Uncompressed bytes of all that is in the archives, as a multiple of the largest body."""
+MEMBERS_SHARE = 4
+"""Members of all archives, as a multiple of the most images: folders and what systems and people put beside images."""
 PIXELS_OF_A_CALIBRATION = 1000
 """Pixels that all images may have together, as a multiple of what one may."""
 
 
 @dataclass(frozen=True)
 class Normals:
-    """Images fitted to a model, (N, C, H, W) uint8, with what is to be known about the upload."""
+    """Different images fitted to a model, (N, C, H, W) uint8, with what is to be known about the upload."""
 
     pixels: NDArray[np.uint8]
     source: str
@@ -60,7 +63,16 @@ class _Upload:
         self._settings = settings
         self.sources: list[_Source] = []
         self.notices: list[tuple[str, str]] = []
+        """One of a kind: thousands of archives would have as many, which are kept and shown with the calibration."""
         self.archives: list[str] = []
+        self._nested: list[str] = []
+        self._with_others: list[str] = []
+        self._others = 0
+        self._allowance = Allowance(
+            members=MEMBERS_SHARE * settings.max_calibration_images,
+            images=settings.max_calibration_images,
+            unpacked_bytes=UNPACKED_SHARE * settings.max_calibration_bytes,
+        )
         for index, file in enumerate(files):
             param = f"files.{index}"
             if is_archive(file.filename, file.content):
@@ -76,6 +88,11 @@ class _Upload:
                 param="files",
                 code="invalid_count",
             )
+        if self._nested:
+            self.notices.append(("nested_archive", f"archives inside are not opened: {_shown_names(self._nested)}"))
+        if self._others:
+            shown = _shown_names(self._with_others)
+            self.notices.append(("ignored_files", f"{self._others} files that are no images, in {shown}"))
 
     def _reader(self, file: SpooledFile) -> Callable[[], bytes]:
         limit = self._settings.max_body_bytes
@@ -89,14 +106,9 @@ class _Upload:
         return read
 
     def _add_archive(self, file: SpooledFile, param: str) -> None:
-        settings, name = self._settings, file.filename or param
+        name = file.filename or param
         try:
-            archive = ImageArchive(
-                file.content,
-                most_images=settings.max_calibration_images,
-                most_bytes=UNPACKED_SHARE * settings.max_calibration_bytes,
-                member_bytes=settings.max_body_bytes,
-            )
+            archive = ImageArchive(file.content, self._allowance, member_bytes=self._settings.max_body_bytes)
         except ArchiveError as error:
             raise InvalidRequest(f"{param} ({name[:100]}): {error}", param=param, code=error.code) from error
         self.archives.append(name)
@@ -107,11 +119,10 @@ class _Upload:
         for member in archive.images:
             path = member.filename[:200]
             self.sources.append(_Source(path, f"{path} in {param} ({name[:100]})", reader(member)))
-        if archive.nested:
-            inside = _shown_names(archive.nested)
-            self.notices.append(("nested_archive", f"{name[:100]}: archives inside are not opened: {inside}"))
+        self._nested += [f"{inner[:100]} in {name}" for inner in archive.nested]
         if archive.others:
-            self.notices.append(("ignored_files", f"{name[:100]}: {archive.others} files that are no images"))
+            self._with_others.append(name)
+            self._others += archive.others
 
 
 def _check_size(model: ModelInfo, count: int) -> None:
@@ -135,8 +146,9 @@ async def read_normals(
 ) -> Normals:
     """Decode all images and bring them to a model's size and colours, image by image in a thread.
 
-    Raises ``InvalidRequest`` for too few or too many images, for an archive that cannot be read, and for images that
-    cannot be used, the first 20 of which it names; ``Canceled`` for a client that has gone.
+    Exact copies count once. Raises ``InvalidRequest`` for too few or too many images, for too many pixels in all, for
+    an archive that cannot be read, and for images that cannot be used, the first 20 of which it names; ``Canceled``
+    for a client that has gone.
     """
     upload = await anyio.to_thread.run_sync(_Upload, files, settings)
     count, flow = len(upload.sources), model.flow
@@ -146,7 +158,7 @@ async def read_normals(
     allowed = PIXELS_OF_A_CALIBRATION * settings.max_pixels
 
     def fit(index: int, source: _Source) -> int:
-        decoded = load_image(source.read(), min(settings.max_pixels, allowed - total))
+        decoded = load_image(source.read(), settings.max_pixels)
         width, height = decoded.image.size
         pixels[index] = fit_image(decoded, flow.image_size, flow.channels).pixels
         return width * height
@@ -154,11 +166,23 @@ async def read_normals(
     total = 0
     for index, source in enumerate(upload.sources):
         try:
-            total += await anyio.to_thread.run_sync(fit, index, source, limiter=limiter)
+            size = await anyio.to_thread.run_sync(fit, index, source, limiter=limiter)
         except (ImageError, ArchiveError) as error:
             problems.append((source, str(error), error.code))
             if len(problems) == MOST_PROBLEMS:
                 break
+        else:
+            # Asked afterwards, so that an image's own size is never blamed for what the others used up.
+            if total + size > allowed:
+                raise InvalidRequest(
+                    f"files: the pixels that all images may have together, {allowed:,}, are used up: "
+                    f"{index - len(problems)} of {count} images with {total:,} pixels went in, and {source.shown} has "
+                    f"{size:,}; send fewer images, or reduce them first: the model sees {flow.image_size}x"
+                    f"{flow.image_size}",
+                    param="files",
+                    code="too_many_pixels",
+                )
+            total += size
         if await request.is_disconnected():
             raise Canceled("the client went away")
     if problems:
@@ -171,4 +195,17 @@ async def read_normals(
     parts = [f"{single} uploaded files"] if single else []
     if upload.archives:
         parts.append(_shown_names(upload.archives))
+    kept = await anyio.to_thread.run_sync(distinct, pixels, limiter=limiter)
+    if copies := count - len(kept):
+        message = f"{copies} of {count} images are exact copies of others and were left out"
+        if len(kept) < FEWEST_NORMALS:
+            raise InvalidRequest(
+                f"files: got {len(kept)} different images, allowed are {FEWEST_NORMALS} and more: {message}",
+                param="files",
+                code="invalid_count",
+            )
+        upload.notices.append(("duplicates", message))
+        # Of the warnings nothing is kept once the calibration is ready; its source is.
+        parts.append(f"without {copies} copies")
+        pixels = pixels[kept]
     return Normals(pixels, "; ".join(parts), upload.notices)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from service.api.context import Context
 from service.api.schemas import Timing
+from service.broker.base import Terms
 from service.errors import Canceled
 from service.jobs import Job, JobResult, ModelInfo, Op
 
@@ -45,8 +46,9 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
     When the client disconnects the job is canceled: nobody would see its result.
     """
     start = time.monotonic()
-    await context.broker.submit(job)
-    result = asyncio.create_task(context.broker.wait(job.id, context.settings.request_timeout))
+    timeout = context.settings.request_timeout
+    await context.door.submit(job, Terms(timeout=timeout))
+    result = asyncio.create_task(context.broker.wait(job.id, timeout))
     gone = asyncio.create_task(_disconnected(context.request))
     try:
         await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)

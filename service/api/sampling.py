@@ -143,7 +143,7 @@ async def denoise(request: Request, context: ContextDependency) -> Response | Im
     model = await context.model(body.model)
     check_can_denoise(model)
     label = resolve_class(model, body.class_)
-    await context.broker.check(model.name, cost_of(model, len(uploads), DENOISE_PASSES))
+    await context.door.check(model.name, cost_of(model, len(uploads), DENOISE_PASSES))
     inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
     job = new_job(model, Op.DENOISE, payload, len(uploads), DENOISE_PASSES)

@@ -92,7 +92,7 @@ async def score(request: Request, context: ContextDependency) -> Response | Scor
     file_format = picture_format(request, body.maps)
     question = await question_of(context, model, body)
     passes = body.draws + (0 if question is None else question.passes)
-    await context.broker.check(model.name, cost_of(model, len(uploads), passes))
+    await context.door.check(model.name, cost_of(model, len(uploads), passes))
     inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
     wanted = None if question is None else question.wanted
     payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed, "statistics": wanted}
@@ -144,7 +144,7 @@ async def encode(request: Request, context: ContextDependency) -> EncodeResponse
     body, uploads = await read_images(request, EncodeRequest, context.settings)
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
-    await context.broker.check(model.name, cost_of(model, len(uploads)))
+    await context.door.check(model.name, cost_of(model, len(uploads)))
     inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
     job = new_job(model, Op.ENCODE, payload, len(uploads))

@@ -43,6 +43,8 @@ class _Collector:
 
     def __init__(self, file: IO[bytes], max_files: int) -> None:
         self.form = SpooledForm()
+        self.closed = False
+        """Whether the boundary after the last part was there."""
         self._file, self._max_files, self._written = file, max_files, 0
         self._header, self._value = b"", b""
         self._options: dict[bytes, bytes] = {}
@@ -91,13 +93,16 @@ class _Collector:
         else:
             self.form.fields.append((name, self._text.decode(errors="replace")))
 
+    def close(self) -> None:
+        self.closed = True
+
 
 @asynccontextmanager
 async def spooled_form(request: Request, directory: Path, max_files: int) -> AsyncIterator[SpooledForm]:
     """The form of a multipart request; its files can be read until the context ends.
 
     The temporary file is in ``directory``, which is made; it has no name there and is gone with the process. Raises
-    ``MalformedRequest`` for what is no form, ``InvalidRequest`` for too many files.
+    ``MalformedRequest`` for what is no form or ends too early, ``InvalidRequest`` for too many files.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
@@ -117,25 +122,27 @@ async def spooled_form(request: Request, directory: Path, max_files: int) -> Asy
             yield await _parsed(request, options[b"boundary"], _Collector(file, max_files))
     except OSError as error:
         raise InternalError(
-            f"the upload cannot be kept ({error.strerror}); the setting 'state' names its directory",
+            f"the upload cannot be kept ({error.strerror}); the setting 'state', or TMPDIR of tarflow api, names "
+            "its directory",
             code="state_unwritable",
         ) from error
 
 
 async def _parsed(request: Request, boundary: bytes, collector: _Collector) -> SpooledForm:
-    parser = MultipartParser(
-        boundary,
-        {
-            "on_part_begin": collector.begin,
-            "on_header_field": collector.header_field,
-            "on_header_value": collector.header_value,
-            "on_header_end": collector.header_end,
-            "on_headers_finished": collector.headers_finished,
-            "on_part_data": collector.data,
-            "on_part_end": collector.end,
-        },
-    )
     try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": collector.begin,
+                "on_header_field": collector.header_field,
+                "on_header_value": collector.header_value,
+                "on_header_end": collector.header_end,
+                "on_headers_finished": collector.headers_finished,
+                "on_part_data": collector.data,
+                "on_part_end": collector.end,
+                "on_end": collector.close,
+            },
+        )
         async for chunk in request.stream():
             if chunk:
                 # Writes to disk.
@@ -143,4 +150,10 @@ async def _parsed(request: Request, boundary: bytes, collector: _Collector) -> S
         parser.finalize()
     except FormParserError as error:
         raise MalformedRequest(f"the body is not a multipart form: {error}") from error
+    # The parser takes a body that is cut off anywhere for a whole one, less the part that it was cut in.
+    if not collector.closed:
+        end = boundary.decode(errors="replace")
+        raise MalformedRequest(
+            f"the body ends before its closing boundary, --{end}--; it was cut off on its way: send it again"
+        )
     return collector.form

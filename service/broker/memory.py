@@ -1,37 +1,43 @@
 """The embedded broker: all state in the API process, one event loop, no locks.
 
-Workers reach it through :mod:`service.broker.socket`. The state machine below is synchronous; time is
-read from one monotonic clock.
+Workers reach it through :mod:`service.broker.socket`. What becomes of jobs is decided in
+:mod:`service.broker.ledger`; this is its event loop: who waits is woken.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 import time
-from bisect import bisect
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from service.broker.base import Broker, QueueStats, WorkerStatus
-from service.errors import Canceled, Overloaded, ServiceError, TimedOut, Unavailable, WorkerLost
-from service.jobs import Job, JobResult, ModelInfo, Op, WorkerInfo
+from service.broker.base import (
+    RETRY_AFTER_SECONDS,
+    USUAL,
+    Accepted,
+    Broker,
+    Command,
+    Event,
+    Held,
+    JobStatus,
+    Limits,
+    Orders,
+    QueueStats,
+    Terms,
+    WorkerStatus,
+)
+from service.broker.ledger import Entry, Ledger
+from service.errors import NotFound, ServiceError, TimedOut, Unavailable
+from service.jobs import FINAL, Job, JobResult, JobState, Lane, ModelInfo, WorkerInfo
 
-RETRY_AFTER_SECONDS = 2.0
-
-
-@dataclass
-class _Entry:
-    """A job that has not ended."""
-
-    job: Job
-    submitted: float
-    outcome: asyncio.Future[JobResult]
-    owner: str | None = None
-    lease_until: float = 0.0
-    started: float | None = None
-    progress: float = 0.0
+log = logging.getLogger(__name__)
+SWEEP_SECONDS = 0.5
+_EVENT_ID = re.compile(r"[0-9]{1,19}")
 
 
 @dataclass
@@ -39,28 +45,35 @@ class _Worker:
     info: WorkerInfo
     heard: float
     measurements: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    commands: list[Command] = field(default_factory=list)
 
 
 class MemoryBroker(Broker):
-    """Broker of one host. Methods without ``async`` are the worker's face, called by the socket server."""
+    """Broker of one host. The worker's face takes the worker's id first; the socket server calls it."""
 
-    def __init__(self, *, max_queue_cost: int, lease_seconds: float, ready_seconds: float, max_attempts: int) -> None:
-        self._max_queue_cost = max_queue_cost
-        self._lease_seconds = lease_seconds
-        self._ready_seconds = ready_seconds
-        self._max_attempts = max_attempts
-        self._entries: dict[str, _Entry] = {}
-        self._outcomes: dict[str, asyncio.Future[JobResult]] = {}  # until they are fetched
-        self._waiting: list[str] = []  # ids in the order of their first submission
-        self._waiting_cost = 0
+    def __init__(self, limits: Limits, *, sweep_seconds: float = SWEEP_SECONDS) -> None:
+        self._limits, self._sweep_seconds = limits, sweep_seconds
+        self._ledger = Ledger(limits, self._on_change)
         self._workers: dict[str, _Worker] = {}
         self._models: dict[str, ModelInfo] = {}
         self._arrival = asyncio.Event()
+        self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._draining = False
+        self._sweeper: asyncio.Task[None] | None = None
 
     # The API's face.
 
-    async def check(self, model: str, cost: int) -> None:
+    async def start(self) -> None:
+        """Look after leases, time limits and what is to be forgotten."""
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+
+    async def check(self, model: str, cost: int, caller: str = "") -> None:
         """Raises ``Overloaded`` when the queue is full, ``Unavailable`` without a worker or when draining."""
         if self._draining:
             raise Unavailable("the service is shutting down", code="draining", retry_after=RETRY_AFTER_SECONDS)
@@ -69,39 +82,68 @@ class MemoryBroker(Broker):
                 f"no worker is ready for model {model!r}; one is starting, busy or being replaced",
                 retry_after=RETRY_AFTER_SECONDS,
             )
-        # A job that alone exceeds the bound is let in when nothing waits: refusing it always would be a lie.
-        if self._waiting and self._waiting_cost + cost > self._max_queue_cost:
-            raise Overloaded(
-                f"the queue is full ({self._waiting_cost} of {self._max_queue_cost} units wait, this request costs "
-                f"{cost}); try again later",
-                retry_after=RETRY_AFTER_SECONDS,
-            )
+        self._ledger.check(cost, caller)
 
-    async def submit(self, job: Job) -> None:
-        """Accept a job; raises as :meth:`check` does."""
-        await self.check(job.model, job.cost)
-        outcome: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
-        self._outcomes[job.id] = outcome
-        self._entries[job.id] = _Entry(job, time.monotonic(), outcome)
-        self._enqueue(self._entries[job.id])
+    async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
+        """Accept a job, or find the one it repeats; raises as :meth:`check` does."""
+        if earlier := self._ledger.repeated(terms):
+            return earlier
+        await self.check(job.model, job.cost, terms.caller)
+        return self._ledger.submit(job, terms)
 
     async def wait(self, job_id: str, timeout: float) -> JobResult:
-        """The job's result; cancels the job when it takes longer than ``timeout`` seconds."""
-        outcome = self._outcomes[job_id]
+        """The job's result; a job that is not detached is canceled when it takes longer, and forgotten after."""
+        entry = self._entry(job_id)
         try:
-            async with asyncio.timeout(timeout):
-                return await asyncio.shield(outcome)
+            with self._watch(job_id) as changed:
+                async with asyncio.timeout(timeout):
+                    while entry.state not in FINAL:
+                        changed.clear()
+                        await changed.wait()
         except TimeoutError:
-            await self.cancel(job_id)
+            if entry.terms.detached:
+                raise TimedOut(f"not finished within {timeout:g} seconds; the job goes on") from None
+            self._ledger.cancel(job_id)
             raise TimedOut(f"not finished within {timeout:g} seconds; the work was canceled") from None
         finally:
-            self._outcomes.pop(job_id, None)
+            if not entry.terms.detached and entry.state in FINAL and job_id in self._ledger.entries:
+                self._ledger.forget(job_id)
+        return self._outcome(entry)
 
-    async def cancel(self, job_id: str) -> None:
+    async def cancel(self, job_id: str) -> bool:
         """Give a job up."""
-        entry = self._entries.get(job_id)
-        if entry is not None:
-            self._end(entry, Canceled("the request was canceled"))
+        return self._ledger.cancel(job_id)
+
+    async def status(self, job_id: str) -> JobStatus:
+        """Where a job stands."""
+        return self._ledger.status(self._entry(job_id))
+
+    async def result(self, job_id: str) -> JobResult | None:
+        """What came of a job that has ended."""
+        entry = self._entry(job_id)
+        return self._outcome(entry) if entry.state in FINAL else None
+
+    async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
+        """The caller's detached jobs, newest first."""
+        entries = reversed(self._ledger.entries.values())
+        own = [e for e in entries if e.terms.detached and e.terms.caller == caller]
+        return [self._ledger.status(entry) for entry in own[:limit]]
+
+    async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
+        """A job's events, to its last."""
+        entry = self._entry(job_id)
+        if not entry.terms.detached:
+            raise self._unknown(job_id)
+        seen = int(after) if after is not None and _EVENT_ID.fullmatch(after) else 0
+        with self._watch(job_id) as changed:
+            while True:
+                changed.clear()
+                for event in [event for event in entry.events if int(event.id) > seen]:
+                    seen = int(event.id)
+                    yield event
+                if entry.state in FINAL and seen >= entry.num_events:
+                    return
+                await changed.wait()
 
     async def models(self) -> Sequence[ModelInfo]:
         """Every known model, by name; a model stays known while its worker restarts."""
@@ -116,15 +158,14 @@ class MemoryBroker(Broker):
         ]
 
     async def stats(self) -> QueueStats:
-        """Queue depth and age."""
-        waiting = [self._entries[i] for i in self._waiting]
-        now = time.monotonic()
-        return QueueStats(
-            waiting=Counter(e.job.op for e in waiting),
-            running=Counter(e.job.op for e in self._entries.values() if e.owner is not None),
-            waiting_cost=self._waiting_cost,
-            oldest_wait_seconds=max((now - e.submitted for e in waiting), default=0.0),
-        )
+        """Queue depth and age, and counts."""
+        return self._ledger.stats()
+
+    async def command(self, command: Command) -> int:
+        """Tell every worker with its next heartbeat."""
+        for worker in self._workers.values():
+            worker.commands.append(command)
+        return len(self._workers)
 
     def announce(self, models: Sequence[ModelInfo]) -> None:
         """Make models known before a worker has registered them."""
@@ -135,35 +176,42 @@ class MemoryBroker(Broker):
         self._draining = True
 
     @property
-    def idle(self) -> bool:
-        """Whether no job waits or runs."""
-        return not self._entries
-
-    def abandon(self) -> None:
-        """End every job that is left, because the service stops."""
-        for entry in list(self._entries.values()):
-            self._end(entry, Unavailable("the service is shutting down", code="draining"))
-
-    @property
     def draining(self) -> bool:
         """Whether :meth:`drain` was called."""
         return self._draining
 
+    @property
+    def idle(self) -> bool:
+        """Whether no job waits or runs."""
+        return self._ledger.idle
+
+    def abandon(self) -> None:
+        """End every job that is left, because the service stops."""
+        self._ledger.end_all(Unavailable("the service is shutting down", code="draining"))
+
     # The worker's face, by worker id.
 
     def register(self, info: WorkerInfo) -> None:
-        """Add or replace a worker."""
-        self._workers[info.id] = _Worker(info, time.monotonic())
+        """Add a worker, or what one serves now."""
+        known = self._workers.get(info.id)
+        before = {m.name for m in known.info.models} if known else set()
+        if known is None:
+            self._workers[info.id] = _Worker(info, time.monotonic())
+        else:
+            known.info, known.heard = info, time.monotonic()
         self.announce(info.models)
+        for name in before - {m.name for w in self._workers.values() for m in w.info.models}:
+            # It was unloaded, not lost with its worker.
+            self._models.pop(name, None)
+        self._arrival.set()
 
     def unregister(self, worker_id: str) -> None:
         """Remove a worker that left or died; what it owned is given on."""
         self._workers.pop(worker_id, None)
-        for entry in [e for e in self._entries.values() if e.owner == worker_id]:
-            self._give_on(entry)
+        self._ledger.give_on_all(worker_id)
 
-    async def claim(self, worker_id: str, ops: Collection[Op], max_rows: int, timeout: float) -> list[Job]:
-        """Lease the oldest waiting jobs that this worker can do; waits up to ``timeout`` seconds."""
+    async def claim(self, worker_id: str, lanes: Collection[Lane], max_rows: int, timeout: float) -> list[Job]:
+        """Lease waiting jobs that this worker can do; waits up to ``timeout`` seconds for the first."""
         deadline = time.monotonic() + timeout
         while True:
             worker = self._workers.get(worker_id)
@@ -171,7 +219,7 @@ class MemoryBroker(Broker):
                 return []
             worker.heard = time.monotonic()
             self._arrival.clear()
-            jobs = self._take(worker, ops, max_rows)
+            jobs = self._ledger.take(worker_id, {m.name for m in worker.info.models}, lanes, max_rows)
             remaining = deadline - time.monotonic()
             if jobs or remaining <= 0:
                 return jobs
@@ -181,113 +229,85 @@ class MemoryBroker(Broker):
             except TimeoutError:
                 return []
 
-    def _take(self, worker: _Worker, ops: Collection[Op], max_rows: int) -> list[Job]:
-        names = {m.name for m in worker.info.models}
-        now, rows = time.monotonic(), 0
-        jobs: list[Job] = []
-        for job_id in list(self._waiting):
-            entry = self._entries[job_id]
-            if entry.job.op not in ops or entry.job.model not in names:
-                continue
-            if jobs and (rows + entry.job.rows > max_rows or entry.job.attempt > 1):
-                break
-            self._waiting.remove(job_id)
-            self._waiting_cost -= entry.job.cost
-            entry.owner, entry.lease_until = worker.info.id, now + self._lease_seconds
-            entry.started = now
-            rows += entry.job.rows
-            jobs.append(entry.job)
-            if entry.job.attempt > 1:
-                # It may be what its worker died of, and must not take others along again.
-                break
-        return jobs
-
-    def heartbeat(
-        self, worker_id: str, progress: Mapping[str, float], measurements: Sequence[Mapping[str, Any]]
-    ) -> set[str]:
-        """Renew leases; returns the ids this worker does not own."""
-        now = time.monotonic()
+    def heartbeat(self, worker_id: str, held: Sequence[Held], measurements: Sequence[Mapping[str, Any]] = ()) -> Orders:
+        """Renew leases; what is lost, and what an operator wants."""
         worker = self._workers.get(worker_id)
-        if worker is not None:
-            worker.heard = now
-            if measurements:
-                worker.measurements = measurements
-        lost = set()
-        for job_id, fraction in progress.items():
-            entry = self._entries.get(job_id)
-            if entry is None or entry.owner != worker_id:
-                lost.add(job_id)
-                continue
-            entry.lease_until, entry.progress = now + self._lease_seconds, fraction
-        return lost
+        lost = self._ledger.renew(worker_id, held)
+        if worker is None:
+            return Orders(lost=lost)
+        worker.heard = time.monotonic()
+        worker.measurements = measurements or worker.measurements
+        commands, worker.commands = tuple(worker.commands), []
+        return Orders(lost=lost, commands=commands)
+
+    def publish(self, worker_id: str, job_id: str, attempt: int, kind: str, data: Mapping[str, Any]) -> None:
+        """Add an event, from the job's present owner only."""
+        self._ledger.publish(worker_id, job_id, attempt, kind, data)
 
     def complete(self, worker_id: str, job_id: str, attempt: int, result: JobResult) -> bool:
         """Accept a result from the job's present owner only."""
-        entry = self._owned(worker_id, job_id, attempt)
-        if entry is None:
-            return False
-        queued = (entry.started or entry.submitted) - entry.submitted
-        self._end(entry, replace(result, queue_seconds=queued))
-        return True
+        return self._ledger.finish(worker_id, job_id, attempt, result)
 
     def fail(self, worker_id: str, job_id: str, attempt: int, error: ServiceError) -> bool:
         """End a job with an error from its present owner only."""
-        entry = self._owned(worker_id, job_id, attempt)
-        if entry is None:
-            return False
-        self._end(entry, error)
-        return True
+        return self._ledger.finish(worker_id, job_id, attempt, error)
 
     def release(self, worker_id: str, job_id: str, attempt: int) -> None:
-        """Put a job back to the front of the queue without counting the attempt."""
-        entry = self._owned(worker_id, job_id, attempt)
-        if entry is not None:
-            self._enqueue(entry)
+        """Put a job back to its place in the queue without counting the attempt."""
+        self._ledger.release(worker_id, job_id, attempt)
 
-    def reclaim_expired(self) -> int:
-        """Give on the jobs whose leases have run out; called regularly. Returns how many."""
-        now = time.monotonic()
-        expired = [e for e in self._entries.values() if e.owner is not None and e.lease_until < now]
-        for entry in expired:
-            self._give_on(entry)
-        return len(expired)
+    def sweep(self) -> None:
+        """What time does; called regularly after :meth:`start`."""
+        if count := self._ledger.sweep():
+            log.warning("%d jobs were given on: their worker has not been heard", count)
 
-    # State transitions.
+    # Waking who waits.
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._sweep_seconds)
+            self.sweep()
 
     def _live_workers(self) -> list[_Worker]:
-        oldest = time.monotonic() - self._ready_seconds
+        oldest = time.monotonic() - self._limits.ready_seconds
         return [w for w in self._workers.values() if w.heard >= oldest]
 
-    def _owned(self, worker_id: str, job_id: str, attempt: int) -> _Entry | None:
-        entry = self._entries.get(job_id)
-        if entry is None or entry.owner != worker_id or entry.job.attempt != attempt:
-            return None
+    def _entry(self, job_id: str) -> Entry:
+        entry = self._ledger.entries.get(job_id)
+        if entry is None:
+            raise self._unknown(job_id)
         return entry
 
-    def _enqueue(self, entry: _Entry) -> None:
-        entry.owner = None
-        # Of several jobs that come back, the one that was submitted first is the first again.
-        place = bisect(self._waiting, entry.submitted, key=lambda i: self._entries[i].submitted)
-        self._waiting.insert(place, entry.job.id)
-        self._waiting_cost += entry.job.cost
-        self._arrival.set()
+    @staticmethod
+    def _unknown(job_id: str) -> NotFound:
+        return NotFound(
+            f"job: {job_id[:100]!r} is not known; results are kept for a limited time",
+            code="job_not_found",
+            param="job",
+        )
 
-    def _give_on(self, entry: _Entry) -> None:
-        """Another attempt for a job whose worker is gone, or its end when there were too many."""
-        if entry.job.attempt >= self._max_attempts:
-            self._end(entry, WorkerLost(f"{entry.job.attempt} workers in a row were lost while doing this request"))
-            return
-        entry.job = replace(entry.job, attempt=entry.job.attempt + 1)
-        self._enqueue(entry)
+    @staticmethod
+    def _outcome(entry: Entry) -> JobResult:
+        if isinstance(entry.outcome, ServiceError):
+            raise entry.outcome
+        if entry.outcome is None:
+            raise RuntimeError("asked for the outcome of a job that has not ended")
+        return entry.outcome
 
-    def _end(self, entry: _Entry, outcome: JobResult | ServiceError) -> None:
-        del self._entries[entry.job.id]
-        if entry.job.id in self._waiting:
-            self._waiting.remove(entry.job.id)
-            self._waiting_cost -= entry.job.cost
-        if isinstance(outcome, ServiceError):
-            entry.outcome.set_exception(outcome)
-            # The waiter may have gone; an error that nobody retrieves is not worth a log line.
-            entry.outcome.exception()
-        else:
-            entry.outcome.set_result(outcome)
+    def _on_change(self, entry: Entry) -> None:
+        if entry.state is JobState.QUEUED:
+            self._arrival.set()
+        for watcher in self._watchers.get(entry.job.id, ()):
+            watcher.set()
+
+    @contextmanager
+    def _watch(self, job_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever something has happened to the job."""
+        changed = asyncio.Event()
+        self._watchers[job_id].add(changed)
+        try:
+            yield changed
+        finally:
+            self._watchers[job_id].discard(changed)
+            if not self._watchers[job_id]:
+                del self._watchers[job_id]

@@ -13,10 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.broker.base import WorkerBroker
+from service.broker.base import BrokerGone, Command, Held, Orders, WorkerBroker
 from service.broker.memory import MemoryBroker
 from service.errors import ServiceError
-from service.jobs import Job, JobResult, Op, WorkerInfo
+from service.jobs import Job, JobResult, Lane, WorkerInfo
 from service.messages import FRAME_HEADER, MessageError, frame, frame_length, unpack
 
 log = logging.getLogger(__name__)
@@ -25,34 +25,25 @@ log = logging.getLogger(__name__)
 class BrokerServer:
     """Serves one :class:`MemoryBroker` on a Unix socket that only this user can open."""
 
-    def __init__(self, broker: MemoryBroker, path: Path, sweep_seconds: float = 1.0) -> None:
-        self._broker, self._path, self._sweep_seconds = broker, path, sweep_seconds
+    def __init__(self, broker: MemoryBroker, path: Path) -> None:
+        self._broker, self._path = broker, path
         self._server: asyncio.Server | None = None
-        self._sweeper: asyncio.Task[None] | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._connection_of: dict[str, asyncio.Task[None] | None] = {}  # by worker
 
     async def start(self) -> None:
-        """Listen, and watch the leases."""
+        """Listen."""
         self._server = await asyncio.start_unix_server(self._connected, str(self._path))
         self._path.chmod(0o600)
-        self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
         """Close the socket and every connection."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         if self._server is not None:
             self._server.close()
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
         self._path.unlink(missing_ok=True)
-
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(self._sweep_seconds)
-            if count := self._broker.reclaim_expired():
-                log.warning("%d jobs were given on: their worker has not been heard", count)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -66,6 +57,8 @@ class BrokerServer:
                 method, arguments = unpack(await reader.readexactly(frame_length(header)))
                 if method == "register":
                     info = WorkerInfo.from_wire(arguments[0])
+                    if worker_id is None:
+                        self._replace(info.id, task)
                     worker_id = info.id
                     self._broker.register(info)
                     answer: Any = {"ok": None}
@@ -73,6 +66,11 @@ class BrokerServer:
                     answer = {"refused": f"{method} before register"}
                 else:
                     answer = {"ok": await self._call(worker_id, method, arguments)}
+                    if method == "claim" and reader.at_eof():
+                        # It died while it waited: no job was lost on it.
+                        for job in answer["ok"]:
+                            self._broker.release(worker_id, job["id"], job["attempt"])
+                        break
                 writer.write(frame(answer))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -80,31 +78,43 @@ class BrokerServer:
         except (MessageError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             log.error("worker %s sent something unusable and is cut off: %s", worker_id, error)
         finally:
-            if worker_id is not None:
+            if worker_id is not None and self._connection_of.get(worker_id) is task:
+                del self._connection_of[worker_id]
                 self._broker.unregister(worker_id)
             writer.close()
+
+    def _replace(self, worker_id: str, connection: asyncio.Task[None] | None) -> None:
+        """A worker of this name that began anew has nothing of what its predecessor had, whose end may come later."""
+        before = self._connection_of.get(worker_id)
+        self._connection_of[worker_id] = connection
+        if before is not None:
+            self._broker.unregister(worker_id)
+            before.cancel()
 
     async def _call(self, worker_id: str, method: str, arguments: Sequence[Any]) -> Any:
         broker = self._broker
         if method == "claim":
-            ops, max_rows, timeout = arguments
-            jobs = await broker.claim(worker_id, {Op(op) for op in ops}, max_rows, timeout)
+            lanes, max_rows, timeout = arguments
+            jobs = await broker.claim(worker_id, {Lane(lane) for lane in lanes}, max_rows, timeout)
             return [job.to_wire() for job in jobs]
         if method == "heartbeat":
-            progress, measurements = arguments
-            return sorted(broker.heartbeat(worker_id, progress, measurements))
+            held, measurements = arguments
+            orders = broker.heartbeat(worker_id, [Held(**each) for each in held], measurements)
+            return {"lost": sorted(orders.lost), "commands": [vars(command) for command in orders.commands]}
+        if method == "complete_all":
+            results = ((job_id, attempt, JobResult.from_wire(result)) for job_id, attempt, result in arguments)
+            return [broker.complete(worker_id, *result) for result in results]
         job_id, attempt, *rest = arguments
         if method == "complete":
             return broker.complete(worker_id, job_id, attempt, JobResult.from_wire(rest[0]))
         if method == "fail":
             return broker.fail(worker_id, job_id, attempt, ServiceError.from_wire(rest[0]))
+        if method == "publish":
+            kind, data = rest
+            return broker.publish(worker_id, job_id, attempt, kind, data)
         if method == "release":
             return broker.release(worker_id, job_id, attempt)
         raise ValueError(f"unknown method {method!r}")
-
-
-class BrokerGone(ConnectionError):
-    """The API process closed the connection or died; a worker without it has nothing to do."""
 
 
 class SocketWorkerBroker(WorkerBroker):
@@ -143,14 +153,22 @@ class SocketWorkerBroker(WorkerBroker):
         """See :class:`~service.broker.base.WorkerBroker`, here and below."""
         self._call("register", info.to_wire())
 
-    def claim(self, ops: Collection[Op], max_rows: int, timeout: float) -> list[Job]:
-        return [Job.from_wire(job) for job in self._call("claim", sorted(ops), max_rows, timeout)]
+    def claim(self, lanes: Collection[Lane], max_rows: int, timeout: float) -> list[Job]:
+        return [Job.from_wire(job) for job in self._call("claim", sorted(lanes), max_rows, timeout)]
 
-    def heartbeat(self, progress: Mapping[str, float], measurements: Sequence[Mapping[str, Any]]) -> set[str]:
-        return set(self._call("heartbeat", dict(progress), list(measurements)))
+    def heartbeat(self, held: Sequence[Held], measurements: Sequence[Mapping[str, Any]] = ()) -> Orders:
+        answer = self._call("heartbeat", [vars(job) for job in held], list(measurements))
+        commands = tuple(Command(**command) for command in answer["commands"])
+        return Orders(lost=frozenset(answer["lost"]), commands=commands)
+
+    def publish(self, job: Job, kind: str, data: Mapping[str, Any]) -> None:
+        self._call("publish", job.id, job.attempt, kind, dict(data))
 
     def complete(self, job: Job, result: JobResult) -> bool:
         return bool(self._call("complete", job.id, job.attempt, result.to_wire()))
+
+    def complete_all(self, results: Sequence[tuple[Job, JobResult]]) -> list[bool]:
+        return list(self._call("complete_all", *([job.id, job.attempt, result.to_wire()] for job, result in results)))
 
     def fail(self, job: Job, error: ServiceError) -> bool:
         return bool(self._call("fail", job.id, job.attempt, error.to_wire()))

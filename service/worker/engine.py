@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from weakref import WeakSet
 
 import torch
 
-from service.broker.base import WorkerBroker
-from service.errors import InternalError
-from service.jobs import LONG, URGENT, Job, JobResult, Op
-from service.worker import cohort as cohorts
-from service.worker.cohort import Cohort
+from model.flow import Flow
+from service.broker.base import Held, WorkerBroker
+from service.jobs import Job, Lane, WorkerInfo, lane_of
+from service.worker.ceilings import Ceilings
 from service.worker.loading import LoadedModel
+from service.worker.long import LongWork
 from service.worker.metrics import WorkerMetrics
-from service.worker.scoring import RUN, Arrays
+from service.worker.models import Models
+from service.worker.outcomes import Outcomes
+from service.worker.room import Room
+from service.worker.urgent import Claimed, UrgentWork
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +28,16 @@ POLL_SECONDS = 0.005
 FAIR_SECONDS = 0.2
 """Longest time for slices between two looks for urgent work."""
 HEARTBEAT_SECONDS = 0.25
+MEASUREMENT_SECONDS = 1.0
+"""Collecting all measurements takes longer than a heartbeat."""
 IDLE_SECONDS = 0.5
+READING_SECONDS = 0.02
+"""As the last, while a model is being read that is then to be warmed up."""
+ANY = frozenset(Lane)
 
-BATCH_FAULTS = (RuntimeError, ValueError, MemoryError)
-"""What torch raises on a batch it cannot do; anything else is a fault of ours and ends the process."""
+
+def _nothing() -> None:
+    pass
 
 
 class Engine:
@@ -42,147 +51,158 @@ class Engine:
         *,
         batch_rows: int,
         max_cohorts: int,
+        batch_wait_ms: float = 0,
+        grace_seconds: float = 0,
+        alive: Callable[[], None] | None = None,
     ) -> None:
-        self._broker, self._models, self._metrics = broker, models, metrics
-        self._batch_rows, self._max_cohorts = batch_rows, max_cohorts
-        self._cohorts: deque[Cohort] = deque()
-        self._urgent_jobs: Sequence[Job] = ()
-        self._retries: deque[Job] = deque()
-        self._retrying: Cohort | None = None
-        self._last_heartbeat = 0.0
+        """``batch_rows`` bounds the images in a batch, ``max_cohorts`` the sampling batches in flight.
+
+        An urgent batch that is not full waits up to ``batch_wait_ms`` for more when there is nothing else to do.
+        Work in flight may take ``grace_seconds`` when the engine is stopped. ``alive`` is called at every turn, slice
+        and block: whoever is not called for long may take it that the loop hangs.
+        """
+        self._broker, self._metrics = broker, metrics
+        self._models = models if isinstance(models, Models) else _fixed(models)
+        self._batch_rows, self._batch_wait, self._grace = batch_rows, batch_wait_ms / 1000, grace_seconds
+        self._alive = alive or _nothing
+        outcomes, ceilings = Outcomes(broker, metrics), Ceilings(metrics)
+        self._ceilings = ceilings
+        self._urgent = UrgentWork(outcomes, ceilings, batch_rows)
+        self._long = LongWork(
+            outcomes,
+            metrics,
+            ceilings,
+            Room(self._models.device),
+            batch_rows=batch_rows,
+            max_cohorts=max_cohorts,
+            alive=self._alive,
+        )
+        self._last_heartbeat = self._last_measurement = 0.0
+        self._watched: WeakSet[Flow] = WeakSet()
         self.stopping = False
-        for model in models.values():
-            for block in model.flow.blocks:
-                # A pass of a large model takes longer than a heartbeat may; one block of it does not.
-                block.register_forward_hook(lambda *_: self._heartbeat())
+        """Set it, from anywhere, to end :meth:`run`."""
+        self._note_models()
 
     def run(self) -> None:
-        """Work until :attr:`stopping` is set; then hand unfinished jobs back."""
+        """Work until :attr:`stopping` is set; then finish what there is time for, and hand the rest back.
+
+        Raises ``DeviceLost``, a ``SystemExit``, when the device fails for good.
+        """
         while not self.stopping:
-            urgent_seconds = self._urgent(wait=not self._cohorts)
-            self._retry_one()
-            if len(self._cohorts) < self._max_cohorts:
-                jobs = self._broker.claim(LONG, self._batch_rows, timeout=0)
-                self._cohorts.extend(Cohort(self._models[jobs[0].model], jobs) for jobs in cohorts.group(jobs))
-            self._slices(urgent_seconds)
+            self._turn()
+        until = time.monotonic() + self._grace
+        while self._long.busy and time.monotonic() < until:
+            self._long.run(POLL_SECONDS)
             self._heartbeat()
-        for job in [*self._retries, *(job for cohort in self._cohorts for job in cohort.jobs)]:
+        for job in self._long.jobs:
             self._broker.release(job)
 
+    def _turn(self) -> None:
+        self._alive()
+        self._change_models()
+        urgent_seconds = self._serve_urgent()
+        rows = self._long.wanted_rows(self._models.values())
+        if rows and (self._long.busy or urgent_seconds):
+            # An idle worker has waited for any job already.
+            self._long.add(self._known(self._broker.claim({Lane.LONG}, rows, timeout=0)))
+        # After long urgent work slices have as much time, within bounds: scores without end must not starve samples.
+        self._long.run(max(POLL_SECONDS, min(urgent_seconds, FAIR_SECONDS)))
+        self._heartbeat()
+
+    # Urgent work.
+
+    def _serve_urgent(self) -> float:
+        """Do the urgent jobs that wait; returns the seconds it took. An idle worker waits here for any job."""
+        if self._long.busy:
+            jobs = self._broker.claim({Lane.URGENT}, self._batch_rows, timeout=0)
+        else:
+            timeout = 0.0 if self._models.changing else IDLE_SECONDS
+            jobs = self._broker.claim(ANY, self._batch_rows, READING_SECONDS if self._models.reading else timeout)
+        if not jobs:
+            return 0.0
+        if lane_of(jobs[0].op) is Lane.LONG:
+            self._long.add(self._known(jobs))
+            return 0.0
+        return self._urgent.run(self._known([*jobs, *self._more(jobs)]))
+
+    def _more(self, jobs: list[Job]) -> list[Job]:
+        """Urgent jobs that come while a batch that is not full waits for them."""
+        found: list[Job] = []
+        until = time.monotonic() + self._batch_wait
+        while not self._long.busy and not self.stopping:
+            rows = self._batch_rows - sum(job.rows for job in [*jobs, *found])
+            left = until - time.monotonic()
+            if rows <= 0 or left <= 0:
+                break
+            found += self._broker.claim({Lane.URGENT}, rows, left)
+        return found
+
+    def _known(self, jobs: list[Job]) -> list[Claimed]:
+        """Jobs with their models; one whose model has just been unloaded is handed back."""
+        for job in jobs:
+            if job.model not in self._models:
+                self._broker.release(job)
+        return [(self._models[job.model], job) for job in jobs if job.model in self._models]
+
+    # Heartbeats.
+
     def _heartbeat(self) -> None:
+        self._alive()
         now = time.monotonic()
         if now - self._last_heartbeat < HEARTBEAT_SECONDS:
             return
         self._last_heartbeat = now
-        for model in self._models.values():
-            if model.device.type == "cuda":
-                held = torch.cuda.memory_reserved(model.device)
-                self._metrics.memory.labels(device=str(model.device)).set(held)
-        progress = dict.fromkeys((job.id for job in [*self._urgent_jobs, *self._retries]), 0.0)
-        progress |= {job.id: cohort.fraction for cohort in self._cohorts for job in cohort.jobs}
-        lost = self._broker.heartbeat(progress, self._metrics.snapshot())
-        for cohort in self._cohorts:
-            cohort.drop(lost)
-        self._retries = deque(job for job in self._retries if job.id not in lost)
+        measurements = []
+        if now - self._last_measurement >= MEASUREMENT_SECONDS:
+            self._last_measurement = now
+            device = self._models.device
+            if device.type == "cuda":
+                self._metrics.memory.labels(device=str(device)).set(torch.cuda.memory_reserved(device))
+            measurements = self._metrics.snapshot()
+        urgent = [Held(job_id=job.id, attempt=job.attempt) for job in self._urgent.jobs]
+        orders = self._broker.heartbeat([*urgent, *self._long.held()], measurements)
+        self._long.drop(orders.lost)
+        for command in orders.commands:
+            self._models.order(command)
+        # Last, since it may end the batch that this is called from.
+        self._urgent.drop(orders.lost)
 
-    # Urgent work.
+    # Models.
 
-    def _urgent(self, *, wait: bool) -> float:
-        """Do the urgent jobs that wait; returns the seconds it took. An idle worker waits here for any job."""
-        ops = URGENT | LONG if wait else URGENT
-        jobs = self._broker.claim(ops, self._batch_rows, timeout=IDLE_SECONDS if wait else 0)
-        long = [job for job in jobs if job.op in LONG]
-        self._cohorts.extend(Cohort(self._models[jobs[0].model], jobs) for jobs in cohorts.group(long))
-        batches: dict[tuple[str, Op], list[Job]] = {}
-        # All of them are kept alive while the first is worked on.
-        start = time.perf_counter()
-        self._urgent_jobs = [job for job in jobs if job.op in URGENT]
-        for job in self._urgent_jobs:
-            batches.setdefault((job.model, job.op), []).append(job)
-        for batch in batches.values():
-            self._urgent_batch(batch)
-        self._urgent_jobs = ()
-        return time.perf_counter() - start
-
-    def _urgent_batch(self, jobs: Sequence[Job]) -> None:
-        model, op = self._models[jobs[0].model], jobs[0].op
-        start = time.perf_counter()
-        try:
-            results = RUN[op](model, jobs, self._batch_rows)
-        except BATCH_FAULTS as error:
-            self._batch_failed(jobs, error)
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._urgent_batch([job])
+    def _change_models(self) -> None:
+        """Go on with what operators want of models; tell the broker what has come of it."""
+        if not self._models.changing:
             return
-        seconds = time.perf_counter() - start
-        self._observe_batch(jobs, seconds)
-        for job, arrays in zip(jobs, results, strict=True):
-            self._deliver(job, arrays, seconds)
+        before = dict(self._models)
+        changed = self._models.step(self._long.uses)
+        for name in before:
+            if self._models.get(name) is not before[name]:
+                self._ceilings.forget_model(name)
+        if changed:
+            self._note_models()
+            self._broker.register(self.info)
 
-    # Sampling.
+    @property
+    def info(self) -> WorkerInfo:
+        """The worker as it is to register."""
+        models = self._models
+        return WorkerInfo(
+            id=self._metrics.worker_id, device=str(models.device), models=models.infos, states=dict(models.states)
+        )
 
-    def _retry_one(self) -> None:
-        """Start the next job of a failed batch alone; one at a time, since memory may be what they lacked."""
-        if self._retries and self._retrying not in self._cohorts:
-            job = self._retries.popleft()
-            self._retrying = Cohort(self._models[job.model], [job])
-            self._cohorts.append(self._retrying)
-
-    def _slices(self, urgent_seconds: float) -> None:
-        """Advance cohorts in turn for one polling interval.
-
-        After long urgent work it is as long as that, within bounds: scores without end must not starve samples.
-        """
-        until = time.perf_counter() + max(POLL_SECONDS, min(urgent_seconds, FAIR_SECONDS))
-        while self._cohorts and time.perf_counter() < until:
-            # It stays where it is while it works, so that heartbeats in the meantime speak of it.
-            cohort = self._cohorts[0]
-            start = time.perf_counter()
-            op, name = str(cohort.jobs[0].op), cohort.model.info.name
-            try:
-                done = cohort.advance()
-                results = cohort.results() if done else []
-            except BATCH_FAULTS as error:
-                self._cohorts.popleft()
-                self._batch_failed(cohort.jobs, error)
-                if len(cohort.jobs) > 1:
-                    self._retries.extend(cohort.jobs)
+    def _note_models(self) -> None:
+        self._metrics.loaded.set(len(self._models))
+        for name, seconds in self._models.seconds.items():
+            self._metrics.load_seconds.labels(model=name).set(seconds)
+        for model in self._models.values():
+            if model.flow in self._watched:
                 continue
-            self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
-            if not done:
-                self._cohorts.rotate(-1)
-                continue
-            self._cohorts.popleft()
-            if results:
-                self._observe_batch([job for job, _ in results], cohort.seconds)
-            for job, arrays in results:
-                self._deliver(job, arrays, cohort.seconds, plan=cohort.plan.describe() if cohort.plan else ())
+            self._watched.add(model.flow)
+            for block in model.flow.blocks:
+                # A pass of a large model takes longer than a heartbeat may; one block of it does not.
+                block.register_forward_hook(lambda *_: self._heartbeat())
 
-    # Outcomes.
 
-    def _batch_failed(self, jobs: Sequence[Job], error: BaseException) -> None:
-        """Log a failed batch; a job that failed alone ends with an error, others are tried alone."""
-        log.error("a batch of %d %s jobs failed", len(jobs), jobs[0].op, exc_info=error)
-        self._metrics.failed_batches.labels(model=jobs[0].model, op=str(jobs[0].op)).inc()
-        if len(jobs) == 1:
-            reason = "the device is out of memory" if isinstance(error, torch.OutOfMemoryError) else "the model failed"
-            self._broker.fail(jobs[0], InternalError(f"{reason} on this request; the service's log has the details"))
-
-    def _observe_batch(self, jobs: Sequence[Job], seconds: float) -> None:
-        labels = {"model": jobs[0].model, "op": str(jobs[0].op)}
-        self._metrics.inference.labels(**labels).observe(seconds)
-        self._metrics.batch.labels(**labels).observe(sum(job.rows for job in jobs))
-
-    def _deliver(self, job: Job, arrays: Arrays, seconds: float, plan: Sequence[str] = ()) -> None:
-        labels = {"model": job.model, "op": str(job.op)}
-        self._metrics.images.labels(**labels).inc(job.rows)
-        if "finite" in arrays:
-            self._metrics.nonfinite.labels(**labels).inc(int((arrays["finite"] == 0).sum()))
-        for bits in arrays.get("bits_per_dim", ()):
-            self._metrics.bits.labels(model=job.model).observe(float(bits))
-        if plan:
-            tolerance = float(job.payload["solver"]["tolerance"])
-            self._metrics.observe_sampling(job.model, plan, tolerance, arrays)
-        if not self._broker.complete(job, JobResult(arrays=arrays, inference_seconds=seconds, plan=plan)):
-            log.info("the result of %s was not wanted any more", job.id)
+def _fixed(models: Mapping[str, LoadedModel]) -> Models:
+    """Models that nothing more can be loaded beside."""
+    return Models(next(iter(models.values())).device, models)

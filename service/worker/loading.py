@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.anomaly.calibration import Calibration, CalibrationError
-from model.bundle import CALIBRATION, Bundle, BundleDamaged, find_bundles
-from model.config import NoiseProtocol, SamplingDefaults
+from model.bundle import CALIBRATION, Bundle, BundleDamaged
+from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
 from model.denoise import ROWS_PER_SLICE, denoise
 from model.flow import Flow
 from model.likelihood import log_likelihood
 from model.noise import latents
-from model.sampling.costs import measure_costs
+from model.sampling.costs import cost_steps
 from model.sampling.plan import CostProfile
-from model.sampling.rows import Progress, make_rows
+from model.sampling.rows import Progress, finish, make_rows
 from model.sampling.sampler import SLICE_SECONDS, Sampler
 from model.weights import load_flow
 from service.jobs import ModelInfo
 
-log = logging.getLogger(__name__)
 WARM_UP_SLICES = 8
 PASS_FLOPS = {"cpu": 30 * 10**9, "cuda": 10 * 10**12}
 """Work of one parallel pass: about a second on two slow cores, some tens of milliseconds on a GPU."""
@@ -62,6 +58,15 @@ class LoadedModel:
         """Noise protocol of training and scoring."""
         return self.info.noise
 
+    def check_label(self, label: int | None) -> None:
+        """Raise ``ValueError`` for a class that the model has not: on a GPU such an index would end the process.
+
+        A job may have been accepted for another version of the model.
+        """
+        classes = self.flow.config.num_classes
+        if label is not None and classes and not 0 <= label < classes:
+            raise ValueError(f"class {label}: model {self.info.name} has {classes} classes")
+
     def pass_rows(self, most: int) -> int:
         """Images in one parallel pass: up to ``most``, fewer for a large model, so that no pass takes long."""
         budget = PASS_FLOPS[self.device.type]
@@ -76,11 +81,30 @@ class LoadedModel:
 
     def measure(self, most_rows: int) -> None:
         """Measure what passes cost here, for batches of up to ``most_rows`` images with guidance."""
+        finish(self._measuring(most_rows))
+
+    def _measuring(self, most_rows: int) -> Generator[None, None, None]:
         sampler = self.sampler
-        sampler.costs = measure_costs(
+        sampler.costs = yield from cost_steps(
             sampler.kernel, GUIDED_PASSES * most_rows, sampler.graphs, segments=sampler.profile is not None
         )
         sampler.rows_per_pass = self.slice_rows(GUIDED_PASSES)
+
+    def prepare(self, most_rows: int) -> Generator[None, None, None]:
+        """Warm up and measure, as :meth:`measure` does, step by step, so that other work can go on in between.
+
+        Raises ``RuntimeError`` when the model gives values that are not finite: it must not serve.
+        """
+        yield from warm_up(self)
+        yield from self._measuring(most_rows)
+
+
+def weight_bytes(config: FlowConfig) -> int:
+    """Memory of a flow's weights, without making them."""
+    with torch.device("meta"):
+        flow = Flow(config)
+    tensors = [*flow.parameters(), *flow.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check_calibration(bundle: Bundle) -> None:
@@ -92,29 +116,6 @@ def check_calibration(bundle: Bundle) -> None:
         Calibration.from_bytes(bundle.calibration, str(path)).check_model(bundle.name, bundle.model_id)
     except CalibrationError as error:
         raise BundleDamaged(f"{path}: {error}") from error
-
-
-def load_models(directory: Path, device: torch.device, batch_rows: int) -> dict[str, LoadedModel]:
-    """Load, measure and warm up every bundle in a directory, by name; raises a ``BundleError``.
-
-    ``batch_rows`` is the most images in a batch.
-    """
-    models = {}
-    for bundle in find_bundles(directory):
-        start = time.monotonic()
-        model = LoadedModel.load(bundle, device)
-        warm_up(model)
-        model.measure(batch_rows)
-        models[bundle.name] = model
-        log.info(
-            "model %s is warm on %s after %.1f s; %s; %s",
-            bundle.name,
-            device,
-            time.monotonic() - start,
-            "tuned" if bundle.convergence else "not tuned, so that solver auto is sequential",
-            describe(model.sampler.costs),
-        )
-    return models
 
 
 def describe(costs: CostProfile | None) -> str:
@@ -129,10 +130,10 @@ def describe(costs: CostProfile | None) -> str:
     return ", ".join(parts)
 
 
-def warm_up(model: LoadedModel) -> None:
+def warm_up(model: LoadedModel) -> Generator[None, None, None]:
     """Run a little of everything once, so that the first request does not pay for it.
 
-    Raises ``RuntimeError`` when the model gives values that are not finite: it must not serve.
+    Raises ``RuntimeError`` when the model gives values that are not finite.
     """
     config = model.flow.config
     latent = latents([0], config.num_patches, config.patch_dim).to(model.device)
@@ -144,8 +145,9 @@ def warm_up(model: LoadedModel) -> None:
         slices.append(denoise(model.flow, latent, None, model.noise.std))
     for generator in slices:
         for _ in zip(range(WARM_UP_SLICES), generator, strict=False):
-            pass
+            yield
     with torch.no_grad():
         value = log_likelihood(model.flow, torch.zeros_like(latent))
     if not bool(torch.isfinite(value).all()):
         raise RuntimeError(f"model {model.info.name}: the log-likelihood of a grey image is not finite")
+    yield

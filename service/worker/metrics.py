@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import NDArray
@@ -22,11 +24,14 @@ class WorkerMetrics:
     """The figures of one worker process, in a registry of its own."""
 
     def __init__(self, worker_id: str) -> None:
-        self._worker_id = worker_id
+        self.worker_id = worker_id
         self.registry = CollectorRegistry()
         labels, own = ("model", "op"), self.registry
         self.inference = Histogram(
             "tarflow_inference_seconds", "Model time of one batch", labels, registry=own, buckets=SECONDS
+        )
+        self.cpu = Counter(
+            "tarflow_model_cpu_seconds", "CPU time of batches and slices, of all threads", labels, registry=own
         )
         self.slice = Histogram(
             "tarflow_slice_seconds", "Time of one slice of work", labels, registry=own, buckets=SECONDS
@@ -72,7 +77,30 @@ class WorkerMetrics:
         self.plans = Counter(
             "tarflow_sampled_images", "Sampled and decoded images by kind of plan", ("model", "plan"), registry=own
         )
+        self.merges = Counter(
+            "tarflow_cohort_merges", "Cohorts that another took in at a block boundary", ("model",), registry=own
+        )
+        self.dropped = Counter(
+            "tarflow_dropped_rows", "Images that left because nobody wants them any more", labels, registry=own
+        )
+        self.oom = Counter("tarflow_oom", "Batches that ran out of memory", labels, registry=own)
+        self.ceiling = Gauge(
+            "tarflow_batch_ceiling_rows", "Most images in a batch since one ran out of memory", labels, registry=own
+        )
+        self.loaded = Gauge("tarflow_loaded_models", "Models in memory", registry=own)
+        self.load_seconds = Gauge(
+            "tarflow_model_load_seconds", "From the order to load a model until it served", ("model",), registry=own
+        )
         self.memory = Gauge("tarflow_device_memory_bytes", "Memory held on the device", ("device",), registry=own)
+
+    @contextmanager
+    def computing(self, model: str, op: str) -> Iterator[None]:
+        """Count the CPU time of what is done inside."""
+        before = time.process_time()
+        try:
+            yield
+        finally:
+            self.cpu.labels(model=model, op=op).inc(time.process_time() - before)
 
     def observe_sampling(
         self, model: str, plan: Sequence[str], tolerance: float, arrays: Mapping[str, NDArray[Any]]
@@ -97,7 +125,7 @@ class WorkerMetrics:
                 "name": metric.name,
                 "type": metric.type,
                 "documentation": metric.documentation,
-                "samples": [[s.name, {**s.labels, "worker": self._worker_id}, s.value] for s in metric.samples],
+                "samples": [[s.name, {**s.labels, "worker": self.worker_id}, s.value] for s in metric.samples],
             }
             for metric in self.registry.collect()
         ]

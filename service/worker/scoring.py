@@ -17,7 +17,7 @@ from model.likelihood import add_noise, bits_per_dim, centre_draw, combine_draws
 from model.noise import input_noise
 from service.jobs import Job, Op
 from service.worker.loading import LoadedModel
-from service.worker.statistics import statistics
+from service.worker.statistics import gives_likelihood, statistics
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -30,9 +30,15 @@ def _labels(model: LoadedModel, job: Job) -> tuple[int, ...]:
     return (NO_CLASS if label is None else int(label),)
 
 
+def network_rows(model: LoadedModel, job: Job) -> int:
+    """Rows of a job's passes: images × draws × labels."""
+    return job.rows * int(job.payload.get("draws", 1)) * len(_labels(model, job))
+
+
 def _noisy_rows(model: LoadedModel, job: Job) -> Iterator[tuple[Tensor, int]]:
     """The rows of a job, draw by draw, image by image, label by label: continuous image (C, H, W) and label."""
     payload, labels = job.payload, _labels(model, job)
+    model.check_label(payload.get("label"))
     pixels = torch.from_numpy(payload["pixels"].copy())
     draws = int(payload.get("draws", 1))
     for draw in range(draws):
@@ -70,6 +76,8 @@ def _batches(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> Iterat
 @torch.no_grad()
 def _log_likelihoods(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Tensor]:
     """Per job: nats (draws, n, labels) float64 of every draw and image given every label."""
+    if not jobs:
+        return []
     batches = _batches(model, jobs, batch_rows)
     nats = torch.cat([log_likelihood(model.flow, x, y).double().cpu() for x, y in batches])
     shapes = [(int(job.payload["draws"]), job.rows, len(_labels(model, job))) for job in jobs]
@@ -83,13 +91,15 @@ def score(model: LoadedModel, jobs: Sequence[Job], batch_rows: int) -> list[Arra
     Jobs that ask for statistics get these too: see :mod:`service.worker.statistics`.
     """
     results: list[Arrays] = []
-    for job, nats in zip(jobs, _log_likelihoods(model, jobs, batch_rows), strict=True):
-        by_draw = nats[..., 0]
+    others = iter(_log_likelihoods(model, [job for job in jobs if not gives_likelihood(job)], batch_rows))
+    for job in jobs:
+        nats_B, seen = statistics(model, job, batch_rows)
+        by_draw = nats_B[None] if nats_B is not None and gives_likelihood(job) else next(others)[..., 0]
         combined = combine_draws(by_draw, model.noise)
         spread = by_draw.std(dim=0) if len(by_draw) > 1 else torch.zeros_like(combined)
         bits = torch.as_tensor(bits_per_dim(combined, model.flow.config.num_dims, model.noise))
         own = {"log_likelihood": combined, "log_likelihood_std": spread, "bits_per_dim": bits}
-        results.append({name: values.numpy() for name, values in own.items()} | statistics(model, job, batch_rows))
+        results.append({name: values.numpy() for name, values in own.items()} | seen)
     return results
 
 

@@ -1,4 +1,4 @@
-"""A real `tarflow serve` in a process of its own."""
+"""The console script's long-running forms and Redis, each a real process with its output in a file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
+import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 TARFLOW = Path(sys.executable).with_name("tarflow")
@@ -41,26 +42,71 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-class ServerProcess:
-    """`tarflow serve` on a free port, its output in a file."""
+def runs(pid: int) -> bool:
+    """Whether a process is there and not just waiting to be reaped."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
 
-    def __init__(self, log: Path, *flags: str | Path, **more: str) -> None:
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """Sum of a metric's samples with these labels, in Prometheus' text format."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+class Process:
+    """Something that runs until it is told to leave, its output in a file."""
+
+    def __init__(self, log: Path, command: list[str | Path], variables: Mapping[str, str]) -> None:
         self._log = log
-        # Its own state: nothing touches the tester's, and no server goes on with another's work.
-        self.state = Path(more.setdefault("TARFLOW_STATE", str(log.with_suffix(".state"))))
         with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [TARFLOW, "serve", "--port", "0", "--threads", "1", *flags],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment(**more),
-            )
-        self._url = ""
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(variables))
 
     @property
     def log(self) -> str:
         """Everything it has printed."""
         return self._log.read_text(errors="replace")
+
+    def children(self) -> list[int]:
+        """Process ids of those that it started."""
+        pid = self.process.pid
+        try:
+            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        except FileNotFoundError:
+            return []
+
+    def stop(self, sent: signal.Signals = signal.SIGTERM) -> int:
+        """Ask it to leave; returns its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(sent)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Exit status of a process that was asked to leave."""
+        return self.process.wait(PATIENCE)
+
+    def kill(self) -> None:
+        """Make sure that nothing is left, whatever a test did."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+class HttpProcess(Process):
+    """A form that answers HTTP, on a free port."""
+
+    def __init__(self, log: Path, form: str, *flags: str | Path, **more: str) -> None:
+        # Its own state: nothing touches the tester's, and no server goes on with another's work.
+        self.state = Path(more.setdefault("TARFLOW_STATE", str(log.with_suffix(".state"))))
+        super().__init__(log, [TARFLOW, form, "--port", "0", *flags], environment(**more))
+        self._url = ""
 
     @property
     def url(self) -> str:
@@ -84,6 +130,17 @@ class ServerProcess:
         """What /readyz says."""
         return self.get("/readyz").status_code == 200
 
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples with these labels."""
+        return metric(self.get("/metrics").text, name, **labels)
+
+
+class ServerProcess(HttpProcess):
+    """`tarflow serve`."""
+
+    def __init__(self, log: Path, *flags: str | Path, **more: str) -> None:
+        super().__init__(log, "serve", "--threads", "1", *flags, **more)
+
     def wait_ready(self) -> ServerProcess:
         """Return when requests can be served."""
         wait_until(lambda: self.process.poll() is not None or self.is_ready(), "the server is ready")
@@ -92,32 +149,63 @@ class ServerProcess:
 
     def worker(self) -> int:
         """Process id of the worker; there must be one."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        children = self.children()
         assert len(children) == 1, children
-        return int(children[0])
+        return children[0]
 
-    def metric(self, name: str, **labels: str) -> float:
-        """Sum of a metric's samples with these labels."""
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(self.get("/metrics").text)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
 
-    def stop(self, sent: signal.Signals = signal.SIGTERM) -> int:
-        """Ask it to leave; returns its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(sent)
-        return self.wait()
+class ApiProcess(HttpProcess):
+    """`tarflow api`."""
 
-    def wait(self) -> int:
-        """Exit status of a server that was asked to leave."""
-        return self.process.wait(PATIENCE)
+    def __init__(self, log: Path, url: str, *flags: str | Path, **more: str) -> None:
+        super().__init__(log, "api", *flags, **{"TARFLOW_REDIS": url, **more})
 
-    def kill(self) -> None:
-        """Make sure that nothing is left, whatever a test did."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+    def wait_ready(self, workers: int = 1) -> ApiProcess:
+        """Return when so many workers are ready for it."""
+
+        def ready() -> bool:
+            answer = self.get("/readyz")
+            return answer.status_code == 200 and len(answer.json()["workers"]) >= workers
+
+        wait_until(lambda: self.process.poll() is not None or ready(), f"{workers} workers are ready")
+        assert self.process.poll() is None, self.log
+        return self
+
+
+class WorkerProcess(Process):
+    """`tarflow worker` with its workers, by default one on the CPU."""
+
+    def __init__(self, log: Path, url: str, *flags: str | Path, **more: str) -> None:
+        command: list[str | Path] = [TARFLOW, "worker", "--device", "cpu", "--threads", "1", *flags]
+        super().__init__(log, command, environment(**{"TARFLOW_REDIS": url, **more}))
+
+
+class RedisProcess(Process):
+    """A redis-server that keeps every write, on a port that stays the same when it is started again."""
+
+    def __init__(self, directory: Path, port: int, password: str = "") -> None:
+        directory.mkdir(exist_ok=True)
+        command: list[str | Path] = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+        command += ["--appendonly", "yes", "--appendfsync", "everysec", "--dir", directory]
+        command += ["--requirepass", password] if password else []
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{port}/0"
+        super().__init__(directory / "log", command, os.environ)
+        try:
+            with self.client() as client:
+                wait_until(lambda: self.process.poll() is not None or answers(client), "Redis answers")
+            assert self.process.poll() is None, self.log
+        except BaseException:
+            self.kill()
+            raise
+
+    def client(self) -> redis.Redis:
+        """A client of it."""
+        return redis.Redis.from_url(self.url, protocol=2)
+
+
+def answers(client: redis.Redis) -> bool:
+    """Whether a Redis has loaded what it kept and answers."""
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 
 from model.bundle import find_bundles
 from service.app import create_app
+from service.broker.base import USUAL, Accepted, Terms
 from service.broker.memory import MemoryBroker
 from service.jobs import Job, ModelInfo, Op, WorkerInfo
 from service.settings import Settings
+from service.stores.directory import state_in
+from tests.service.broker.conftest import AMPLE
 
 pytestmark = pytest.mark.anyio
 SMALL = 4096
@@ -24,19 +28,19 @@ SMALL = 4096
 class Broken(MemoryBroker):
     """A broker with a fault."""
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         raise RuntimeError("a secret that no caller may see")
 
 
 def make(models: Path, kind: type[MemoryBroker] = MemoryBroker, *, worker: bool = True, **changes: Any) -> Any:
     """An app, with a worker that never claims anything."""
-    settings = Settings(max_body_bytes=SMALL, **{"state": models / ".state", **changes})
-    broker = kind(max_queue_cost=settings.max_queue_cost, lease_seconds=60, ready_seconds=60, max_attempts=3)
+    settings = Settings(max_body_bytes=SMALL, **changes)
+    broker = kind(replace(AMPLE, max_queue_cost=settings.max_queue_cost))
     infos = tuple(ModelInfo.of(bundle) for bundle in find_bundles(models))
     broker.announce(infos)
     if worker:
         broker.register(WorkerInfo(id="w", device="cpu", models=infos))
-    return create_app(settings, broker)
+    return create_app(settings, broker, state_in(models / ".state"))
 
 
 def connect(app: Any) -> httpx.AsyncClient:
@@ -96,8 +100,7 @@ async def test_without_a_worker_there_is_503(models: Path) -> None:
 
 async def test_draining_is_503(models: Path) -> None:
     app = make(models)
-    app.state.broker.drain()
-    app.state.draining = lambda: True
+    app.state.drain.begin()
     async with connect(app) as client:
         response = await client.post("/v1/sample", json={})
         assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")

@@ -11,9 +11,10 @@ import pytest
 
 from model.anomaly.calibration import Calibration, calibrate
 from model.bundle import read_bundle
-from service.calibrations import CalibrationStore
-from service.errors import InvalidRequest, NotFound
+from service.calibrations import OWN, CalibrationStore
+from service.errors import InvalidRequest
 from service.jobs import ModelInfo
+from service.stores.directory import CalibrationDirectory
 
 K, T, SIZE, COUNT = 2, 16, 8, 30
 
@@ -53,30 +54,14 @@ def make(info: ModelInfo, name: str, seed: int = 0) -> Calibration:
     return calibrate(statistics, random.integers(0, 256, (COUNT, 1, SIZE, SIZE), dtype=np.uint8), record)
 
 
-def test_what_is_saved_is_found_until_it_is_deleted(info: ModelInfo, tmp_path: Path) -> None:
-    store = CalibrationStore(tmp_path)
-    assert list(store.entries(info)) == []
-    store.save(info, make(info, "a", 0))
-    first = store.get(info, "a")
-    assert store.get(info, "a") is first
-    store.save(info, make(info, "a", 1))
-    assert (store.get(info, "a").sorted_scores["nll"] != first.sorted_scores["nll"]).any()
-    assert store.holds(info, "a")
-    store.delete(info, "a")
-    assert not store.holds(info, "a")
-    with pytest.raises(NotFound):
-        store.delete(info, "a")
-    with pytest.raises(InvalidRequest, match="there are none"):
-        store.get(info, "a")
-
-
 def test_other_weights_and_damage_are_listed_as_unusable(
     info: ModelInfo, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = CalibrationStore(tmp_path)
-    store.save(info, make(info, "good"))
+    files = CalibrationDirectory(tmp_path)
+    store = CalibrationStore(files)
+    files.write(info.name, "good", make(info, "good").to_bytes())
     other = replace(info, model_id="sha256:" + "0" * 64)
-    store.save(info, make(other, "other"))
+    files.write(info.name, "other", make(other, "other").to_bytes())
     folder = tmp_path / "calibrations" / info.name
     (folder / "damaged.safetensors").write_bytes(b"no calibration")
     (folder / "empty.safetensors").touch()
@@ -89,11 +74,17 @@ def test_other_weights_and_damage_are_listed_as_unusable(
     assert found["other"].calibration is not None
     assert "calibrate this model anew" in str(found["other"].reason)
     assert found["damaged"].calibration is None
-    assert "damaged.safetensors" in caplog.text
+    assert f"damaged of {info.name}" in caplog.text
     assert [name for name, _ in store.list(info)] == ["good"]
     for name, code in (("damaged", "calibration_damaged"), ("other", "calibration_mismatch")):
         with pytest.raises(InvalidRequest) as caught:
             store.get(info, name)
         assert (caught.value.code, caught.value.param) == (code, "calibration")
-        store.delete(info, name)
-        assert not store.holds(info, name)
+        assert store.delete(info, name)
+        assert store.entry(info, name) is None
+
+
+def test_the_bundles_own_is_not_deleted(info: ModelInfo, tmp_path: Path) -> None:
+    store = CalibrationStore(CalibrationDirectory(tmp_path))
+    with pytest.raises(InvalidRequest, match="cannot be deleted"):
+        store.delete(replace(info, calibration=make(info, "own").to_bytes()), OWN)

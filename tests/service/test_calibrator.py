@@ -18,13 +18,14 @@ from model.bundle import find_bundles
 from service.api import normals as normals_module
 from service.app import create_app
 from service.broker.memory import MemoryBroker
-from service.calibrations import CalibrationStore
 from service.calibrator import Calibrator
 from service.errors import InternalError
-from service.jobs import URGENT, Job, JobResult, ModelInfo, WorkerInfo
-from service.pending import Pending, PendingStore
+from service.jobs import Job, JobResult, Lane, ModelInfo, WorkerInfo
+from service.pending import Pending
 from service.settings import Settings
+from service.stores.directory import CalibrationDirectory, PendingDirectory, state_in
 from tests.service.api.test_calibrations import COUNT, PATH, files, normals, zipped
+from tests.service.broker.conftest import AMPLE
 from tests.service.conftest import Start
 from tests.service.processes import PATIENCE, wait_until
 from tests.service.test_calibrations import statistics_shapes
@@ -62,7 +63,7 @@ class Service:
         return [(item["name"], item["status"]) for item in response.json()["data"]]
 
     async def claim(self) -> Job:
-        [job] = await self.broker.claim("w", URGENT, 64, PATIENCE)
+        [job] = await self.broker.claim("w", {Lane.URGENT}, 64, PATIENCE)
         return job
 
     async def answer(self, value: float | None = None) -> Job:
@@ -95,19 +96,31 @@ def statistics(job: Job, value: float | None) -> dict[str, Any]:
 
 @asynccontextmanager
 async def service(models: Path, state: Path, *, worker: bool = True, **changes: Any) -> AsyncIterator[Service]:
-    settings = Settings(state=state, batch_rows=BATCH, **changes)
-    broker = MemoryBroker(max_queue_cost=settings.max_queue_cost, lease_seconds=60, ready_seconds=600, max_attempts=3)
+    settings = Settings(batch_rows=BATCH, **changes)
+    broker = MemoryBroker(replace(AMPLE, max_queue_cost=settings.max_queue_cost, ready_seconds=600))
     # Nothing is listed but what a test makes.
     infos = tuple(replace(ModelInfo.of(bundle), calibration=None) for bundle in find_bundles(models))
     broker.announce(infos)
     if worker:
         broker.register(WorkerInfo(id="w", device="cpu", models=infos))
-    app = create_app(settings, broker)
+    app = create_app(settings, broker, state_in(state))
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service", timeout=PATIENCE) as client,
     ):
         yield Service(app, broker, client)
+
+
+def pending(state: Path) -> PendingDirectory:
+    """What the next service would find."""
+    return PendingDirectory(state, CalibrationDirectory(state))
+
+
+def keep(state: Path, job: Pending, pixels: Any) -> None:
+    """Have a job waiting."""
+    store = pending(state)
+    store.write(job, pixels)
+    store.place(job, replace=True, most=100)
 
 
 def left(directory: Path, pattern: str) -> list[Path]:
@@ -144,7 +157,7 @@ async def test_work_comes_in_batches_one_at_a_time(models: Path, tmp_path: Path)
         assert (await served.until(is_ready, "a"))["record"]["seed"] == 3
         await finish(served, "b")
         assert await served.listed() == [("a", "ready"), ("b", "ready")]
-    assert list(PendingStore(tmp_path).scan()) == []
+    assert pending(tmp_path).runs(NAME) == []
 
 
 async def test_a_restart_goes_on(models: Path, tmp_path: Path) -> None:
@@ -195,7 +208,7 @@ async def test_deleting_gives_up(models: Path, tmp_path: Path) -> None:
         # The next one has its turn.
         await served.post("c")
         await finish(served, "c")
-    assert list(PendingStore(tmp_path).scan()) == []
+    assert pending(tmp_path).runs(NAME) == []
 
 
 async def test_replacing(models: Path, tmp_path: Path) -> None:
@@ -331,16 +344,16 @@ async def test_other_weights_and_damage_are_listed_and_deletable(models: Path, t
 
 
 async def test_images_of_a_model_that_became_another_fail(models: Path, tmp_path: Path) -> None:
-    pending = Pending(model=NAME, name="a", seed=0, num_images=COUNT, created=1)
-    PendingStore(tmp_path).save(pending, np.zeros((COUNT, 3, 5, 5), np.uint8))
+    changed = Pending(model=NAME, name="a", seed=0, num_images=COUNT, created=1)
+    keep(tmp_path, changed, np.zeros((COUNT, 3, 5, 5), np.uint8))
     unknown = Pending(model="not-served", name="a", seed=0, num_images=COUNT, created=1)
-    PendingStore(tmp_path).save(unknown, np.zeros((COUNT, 1, 8, 8), np.uint8))
+    keep(tmp_path, unknown, np.zeros((COUNT, 1, 8, 8), np.uint8))
     async with service(models, tmp_path) as served:
         found = await served.until(has_failed, "a")
         assert "(3, 5, 5)" in found["error"]["message"]
         assert found["error"]["code"] == "calibration_failed"
     # What is not served now is kept for when it is.
-    assert unknown in list(PendingStore(tmp_path).scan())
+    assert [run.pending for run in pending(tmp_path).runs("not-served")] == [unknown]
 
 
 async def test_a_state_that_cannot_be_written_is_said(models: Path, tmp_path: Path) -> None:
@@ -356,8 +369,9 @@ async def test_the_bundles_own_comes_first(models: Path, tmp_path: Path) -> None
         await served.post("a")
         await finish(served, "a")
         model = next(info for info in await served.broker.models() if info.name == NAME)
-        own = CalibrationStore(tmp_path).get(model, "a").to_bytes()
-        served.broker.announce([ModelInfo.from_wire({**model.to_wire(), "calibration": own})])
+        own = CalibrationDirectory(tmp_path).read(NAME, "a")
+        assert own is not None
+        served.broker.announce([ModelInfo.from_wire({**model.to_wire(), "calibration": own[1]})])
         assert await served.listed() == [("default", "ready"), ("a", "ready")]
         found = await served.get("default")
         assert (found["name"], found["usable"]) == ("default", True)

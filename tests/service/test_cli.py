@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from model.bundle import BUNDLED, CONFIG, read_bundle
 from service.cli import app
+from service.settings import ApiSettings
 from tests.service.conftest import calibrated
 from tests.service.pictures import answered, b64, file, normal, opened, pixels
 from tests.service.processes import tarflow
@@ -39,11 +41,43 @@ def assert_refused(result: Result, *words: str) -> None:
 def test_the_console_script_knows_its_commands() -> None:
     done = tarflow("--help")
     assert done.returncode == 0
-    for command in ("serve", "train", "evaluate", "calibrate", "anomaly", "import", "sample", "score"):
+    for command in ("serve", "api", "worker", "train", "evaluate", "calibrate", "anomaly", "import", "sample", "score"):
         assert command in done.stdout
     flags = tarflow("serve", "--help", COLUMNS="200").stdout
     for flag in ("--host", "--port", "--models", "--device", "--max-body-bytes", "--lease-seconds"):
         assert flag in flags
+
+
+@pytest.mark.parametrize(
+    ("form", "own", "others"),
+    [
+        ("serve", ["--port", "--device", "--state"], ["--redis", "--grace-seconds", "--metrics-port"]),
+        (
+            "api",
+            ["--port", "--redis", "--metrics-port", "--caller-share"],
+            ["--device", "--models", "--threads", "--state"],
+        ),
+        ("worker", ["--devices", "--redis", "--models", "--grace-seconds"], ["--port", "--host", "--max-images"]),
+    ],
+)
+def test_each_form_shows_the_settings_that_concern_it(form: str, own: list[str], others: list[str]) -> None:
+    shown = set(re.findall(r"--[a-z-]+", tarflow(form, "--help", COLUMNS="200").stdout))
+    assert {*own, "--lease-seconds", "--log-level"} <= shown
+    assert not shown & set(others)
+
+
+@pytest.mark.parametrize("form", ["api", "worker"])
+def test_a_form_that_needs_redis_asks_for_it_and_shows_no_password(form: str) -> None:
+    assert_refused(run(form), "--redis", "TARFLOW_REDIS")
+    refused = run(form, "--redis", "http://:open-sesame@queue")
+    assert_refused(refused, "redis", "rediss")
+    assert "sesame" not in refused.output
+    for cut in ("redis://:open/sesame@queue:6379/0", "redis://:open#sesame@queue", "redis://:12/sesame@queue"):
+        refused = run(form, "--redis", cut)
+        assert_refused(refused, "redis", "%2F")
+        assert "open" not in refused.output
+        assert "sesame" not in refused.output
+    assert "sesame" not in repr(ApiSettings(redis="redis://:open-sesame@queue"))
 
 
 # serve

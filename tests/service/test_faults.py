@@ -16,7 +16,7 @@ import pytest
 from model.bundle import BUNDLED, WEIGHTS
 from tests.service.conftest import Start
 from tests.service.pictures import answered
-from tests.service.processes import ServerProcess, tarflow, wait_until
+from tests.service.processes import ServerProcess, runs, tarflow, wait_until
 
 IMAGES = 32
 LARGE = {"num_images": IMAGES, "guidance_scale": 1.0, "denoise": True, "seed": 0, "class": "Bag"}
@@ -103,16 +103,7 @@ def test_settings_hold_and_a_worker_leaves_when_the_api_process_was_killed(start
         assert allowed in httpx.post(server.url + path, json=body).json()["error"]["message"]
     server.process.kill()
     server.process.wait()
-    wait_until(lambda: not _runs(worker), "the worker has gone")
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process is there and not just waiting to be reaped."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+    wait_until(lambda: not runs(worker), "the worker has gone")
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from training.anomaly import (
     score_set,
 )
 from training.anomaly_report import tables, to_json
-from training.calibrate import CalibrateOptions, calibrate_bundle, open_calibration
+from training.calibrate import CalibrateOptions, calibrate_bundle, normal_images, open_calibration
 from training.data import Images
 from training.detection import aupro, bootstrap_intervals, detection_figures, pixel_auroc
 from training.image_sets import ImageSet
@@ -56,7 +56,8 @@ def calibrated(
     """A bundle calibrated with 120 squares."""
     bundle = make_bundle()
     data = write_idx(tmp_path / "normal", make_images(120, seed=5))
-    content = calibrate_bundle(bundle, data, CalibrateOptions(), CPU).to_bytes()
+    options = CalibrateOptions()
+    content = calibrate_bundle(bundle, normal_images(bundle, data, options), options, CPU).to_bytes()
     return update_bundle(bundle, calibration=content)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,10 @@ def invoke(*arguments: object, status: int = 0) -> str:
     return run_command("calibrate", *arguments, status=status)
 
 
+def calibrated(bundle: Bundle, data: Path, options: CalibrateOptions = OPTIONS, **more: Any) -> Calibration:
+    return calibrate_bundle(bundle, normal_images(bundle, data, options), options, CPU, **more)
+
+
 def same(first: Calibration, second: Calibration) -> bool:
     return all(np.array_equal(values, second.sorted_scores[name]) for name, values in first.sorted_scores.items())
 
@@ -63,11 +68,13 @@ def same(first: Calibration, second: Calibration) -> bool:
 def test_of_its_own_training_set_only_the_holdout_is_used(
     bundle: Bundle, whole: Images, data: Path, write_idx: Callable[..., Path], tmp_path: Path
 ) -> None:
-    found, source = normal_images(bundle, data, OPTIONS)
-    np.testing.assert_array_equal(found.pixels, whole.pixels[-HOLDOUT:])
-    assert source == "squares, images kept out of training"
+    found = normal_images(bundle, data, OPTIONS)
+    np.testing.assert_array_equal(found.images.pixels, whole.pixels[-HOLDOUT:])
+    assert found.source == "squares, images kept out of training"
+    [notice] = found.notices
+    assert "checked that squares was not trained on these images: they are the 40 that training kept out" in notice
     alone = write_idx(tmp_path / "alone", whole.part(-HOLDOUT, None))
-    ours, theirs = (calibrate_bundle(bundle, folder, OPTIONS, CPU) for folder in (data, alone))
+    ours, theirs = (calibrated(bundle, folder) for folder in (data, alone))
     assert same(ours, theirs)
     assert (ours.record.num_fit, ours.record.num_calibration) == (20, 20)
     assert theirs.record.source == "alone, train split"
@@ -91,12 +98,68 @@ def test_images_from_elsewhere_are_all_used(
 ) -> None:
     other = write_idx(tmp_path / "other", make_images(44, seed=1))
     write_idx(other, make_images(30, seed=2), "t10k")
-    assert len(normal_images(bundle, other, OPTIONS)[0]) == 44
-    found, source = normal_images(bundle, other, replace(OPTIONS, split="test", limit=25))
-    assert len(found) == 25
-    assert source == "other, test split"
+    assert len(normal_images(bundle, other, OPTIONS).images) == 44
+    found = normal_images(bundle, other, replace(OPTIONS, split="test", limit=25))
+    assert len(found.images) == 25
+    assert found.source == "other, test split"
     # A model that does not say what it was trained on has to be believed.
-    assert len(normal_images(make_bundle(seed=1), data, OPTIONS)[0]) == 100
+    assert len(normal_images(make_bundle(seed=1), data, OPTIONS).images) == 100
+
+
+def test_images_that_cannot_be_checked_are_taken_and_it_is_said_why(
+    bundle: Bundle,
+    whole: Images,
+    make_bundle: Callable[..., Bundle],
+    write_idx: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """The same training data in a part, with other pixels or other classes; another split; a model without a record."""
+    darker = Images(whole.pixels - (whole.pixels > 0), whole.labels)
+    third = Images(whole.pixels, whole.labels + np.arange(len(whole)) // 99)
+    cases = {
+        "part": (bundle, whole.part(None, 30), "30 here, and it saw 60"),
+        "decoded": (bundle, darker, "not with the same classes, in the same order and decoded to the same pixels"),
+        "classes": (bundle, third, "but the data has a label 2"),
+        "silent": (make_bundle(seed=1), whole, "the bundle does not say which images it was trained on"),
+    }
+    for name, (model, images, why) in cases.items():
+        text = invoke(model.path, "--data", write_idx(tmp_path / name, images), "--out", tmp_path / f"{name}.out")
+        assert text.startswith("squares: not checked whether squares was trained on these images: "), text
+        assert why in text
+    tested = write_idx(tmp_path / "part", whole, "t10k")
+    text = invoke(bundle.path, "--data", tested, "--split", "test")
+    assert "a test split cannot be compared with that" in text
+
+
+def test_exact_copies_count_once_and_their_number_is_told(
+    bundle: Bundle, whole: Images, write_idx: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of the normal images among themselves, and of the holdout with what was trained on."""
+    order = np.r_[60:85, 60:75, 0:40]
+    data = write_idx(tmp_path / "copies", Images(whole.pixels[order], whole.labels[order]))
+    text = invoke(bundle.path, "--data", data, "--limit", 40)
+    assert "left out 15 of 40 images: exact copies of others\n" in text
+    assert "12 images fitted, 13 calibrated" in text
+    np.testing.assert_array_equal(
+        normal_images(bundle, data, replace(OPTIONS, limit=40)).images.pixels, whole.pixels[60:85]
+    )
+    assert "left out" not in invoke(bundle.path, "--data", data, "--limit", 25, "--force")
+    order = np.r_[0:60, 60:84, 3:9]
+    data = write_idx(tmp_path / "own", Images(whole.pixels[order], whole.labels[order]))
+    found = normal_images(bundle, data, OPTIONS)
+    assert "left out 6 of 30 images: exact copies of others or of images that it was trained on" in found.notices
+    np.testing.assert_array_equal(found.images.pixels, whole.pixels[60:84])
+
+
+def test_too_few_different_images_are_refused(
+    bundle: Bundle, whole: Images, write_idx: Callable[..., Path], tmp_path: Path
+) -> None:
+    order = np.r_[60:79, 60:79]
+    data = write_idx(tmp_path / "few", Images(whole.pixels[order], whole.labels[order]))
+    error = invoke(bundle.path, "--data", data, status=2)
+    assert "normal images: got 19, allowed are 20 and more" in error
+    assert "left out 19 of 38 images: exact copies of others" in error
+    assert read_bundle(bundle.path) == bundle
 
 
 def test_pictures_in_one_folder_will_do(bundle: Bundle, whole: Images, tmp_path: Path) -> None:
@@ -120,7 +183,7 @@ def test_the_command_stores_it_and_changes_nothing_else(bundle: Bundle, data: Pa
     assert manifest["sha256"][CALIBRATION] == sha256(after.calibration)
     assert calibration_note(after.card) is not None
     loaded = open_calibration(after)
-    assert same(loaded, calibrate_bundle(bundle, data, CalibrateOptions(seed=3), CPU))
+    assert same(loaded, calibrated(bundle, data, CalibrateOptions(seed=3)))
     record = loaded.record
     assert (record.name, record.seed, record.model_id) == ("mine", 3, bundle.model_id)
     assert record.noise == bundle.config.noise.to_dict()
@@ -129,12 +192,12 @@ def test_the_command_stores_it_and_changes_nothing_else(bundle: Bundle, data: Pa
 
 def test_it_stays_when_other_things_change(bundle: Bundle, data: Path) -> None:
     invoke(bundle.path, "--data", data)
-    calibrated = read_bundle(bundle.path)
-    changed = update_bundle(calibrated, card=with_evaluation(calibrated.card, "- good"))
+    before = read_bundle(bundle.path)
+    changed = update_bundle(before, card=with_evaluation(before.card, "- good"))
     arguments = ["tune", str(bundle.path), "--data", str(data), "--num-images", "2", "--device", "cpu"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     tuned = read_bundle(bundle.path)
-    assert changed.calibration == tuned.calibration == calibrated.calibration is not None
+    assert changed.calibration == tuned.calibration == before.calibration is not None
     assert tuned.convergence is not None
 
 
@@ -179,7 +242,7 @@ def test_mistakes_are_told(bundle: Bundle, data: Path, arguments: tuple[object, 
 
 def test_progress_counts_every_image(bundle: Bundle, data: Path) -> None:
     heard: list[tuple[int, int]] = []
-    calibrate_bundle(bundle, data, replace(OPTIONS, batch_size=16), CPU, lambda *told: heard.append(told))
+    calibrated(bundle, data, replace(OPTIONS, batch_size=16), on_progress=lambda *told: heard.append(told))
     assert heard == [(16, 40), (32, 40), (40, 40)]
 
 

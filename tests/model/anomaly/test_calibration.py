@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import asdict, replace
 from functools import cache
 
@@ -12,11 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 import model.anomaly.calibration as calibration_module
+import model.anomaly.gaussian as gaussian_module
+import model.anomaly.maps as maps_module
 from model.anomaly.calibration import Calibration, CalibrationError, CalibrationMismatch, calibrate, split_sizes
 from model.anomaly.codec import CODECS, code_lengths, fingerprint
 from model.anomaly.conformal import p_values
 from model.anomaly.detector import CODE_FREE, SCORES
 from model.anomaly.features import Statistics, concatenate
+from model.anomaly.normals import distinct
 from model.anomaly.regions import regions
 from model.anomaly.statistics import image_statistics
 from model.config import NoiseProtocol
@@ -144,6 +148,49 @@ def test_the_maps_threshold_holds_for_new_images_of_small_calibrations() -> None
     assert np.mean(shares) <= 0.1
 
 
+def test_working_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = pictures(150, seed=4)
+    found = statistics(pixels)
+    made = []
+    for rows in (7, 10_000):
+        for module in (gaussian_module, maps_module):
+            monkeypatch.setattr(module, "ROWS", rows)
+        monkeypatch.setattr(gaussian_module, "COLUMNS", rows)
+        made.append(calibrate(found, pixels, RECORD))
+    few, whole = made
+    for name, values in whole.sorted_scores.items():
+        np.testing.assert_allclose(few.sorted_scores[name], values, rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(few.maps.rare_HW, whole.maps.rare_HW, rtol=1e-6)
+    assert few.maps.threshold == pytest.approx(whole.maps.threshold, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 100, 101, 250])
+def test_the_quantile_of_parts_is_that_of_all(count: int) -> None:
+    values = np.random.default_rng(count).normal(size=(count, 3, 4))
+    parts = (values[start : start + 9] for start in range(0, count, 9))
+    expected = np.quantile(values, 0.99, axis=0)
+    np.testing.assert_allclose(maps_module.upper_quantile(parts, count, 0.99), expected, rtol=1e-12)
+
+
+def test_calibrating_takes_less_memory_than_its_statistics() -> None:
+    """Of colour images, whose residual is nearly all of them; it was four times as much."""
+    count, random = 2000, np.random.default_rng(0)
+    shapes = {"bits": (), "patch_nll": (16,), "log_scale": (2, 16), "energy": (2, 16), "latent": (8,), "hidden": (48,)}
+    found: Statistics = {
+        name: random.normal(size=(count, *shape)).astype(np.float32)
+        for name, shape in {**shapes, "gradient": (), "residual": (3, 32, 32)}.items()
+    }
+    pixels = np.zeros((count, 3, 32, 32), np.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = np.divmod(np.arange(count), 256)  # no two alike
+    tracemalloc.start()
+    try:
+        calibrate(found, pixels, RECORD)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < sum(values.nbytes for values in found.values())
+
+
 def test_an_image_without_finite_statistics_is_named() -> None:
     pixels = pictures(20)
     found = statistics(pixels)
@@ -153,11 +200,76 @@ def test_an_image_without_finite_statistics_is_named() -> None:
 
 
 def test_histograms_of_equal_images_have_one_bin() -> None:
-    pixels = np.repeat(pictures(1), 20, axis=0)
-    still = calibrate(statistics(pixels), pixels, RECORD)
-    assert all(still.histogram(name)[1].sum() == 10 for name in still.scores)
+    still = replace(calibrated(), sorted_scores={"nll": np.full(10, 3.5)})
+    assert still.histogram("nll")[1].tolist() == [10]
     close = replace(calibrated(), sorted_scores={"nll": np.array([1.0, np.nextafter(1.0, 2.0)])})
     assert close.histogram("nll")[1].tolist() == [2]
+
+
+def otherwise_rounded(found: Statistics, seed: int) -> Statistics:
+    """What another size of the batch makes of statistics: up to four last digits more or less, most of it of all alike.
+
+    One thread of a CPU gives the same digits in every batch; many threads and GPUs do not.
+    """
+    rng, last = np.random.default_rng(seed), 4 * np.finfo(np.float32).eps
+    return {
+        name: (
+            values
+            + last * (1 + np.abs(values)) * (0.7 * rng.uniform(-1, 1, values.shape[1:]) + 0.3 * rng.uniform(-1, 1))
+        ).astype(np.float32)
+        for name, values in found.items()
+    }
+
+
+def test_last_digits_decide_nothing_where_normal_images_are_all_but_the_same() -> None:
+    """A static scene: one grey level of one pixel tells its images apart, and the flow sees nothing of that."""
+    pixels = np.repeat(pictures(1), 60, axis=0)
+    pixels.reshape(60, -1)[np.arange(60), np.arange(60)] ^= 1
+    one = statistics(pixels[:1])
+    same = {name: np.repeat(values, 60, axis=0) for name, values in one.items()}
+    calibration = calibrate(otherwise_rounded(same, 0), pixels, RECORD)
+    detector, codes = calibration.detector, code_lengths(pixels)
+    found = [otherwise_rounded(same, seed) for seed in range(1, 6)]
+    assert all((batch["bits"] != same["bits"]).any() for batch in found)
+    for name in SCORES:
+        p = [p_values(calibration.sorted_scores[name], detector.scores(batch, codes)[name]) for batch in found]
+        np.testing.assert_array_equal(p, np.broadcast_to(p[0], np.shape(p)), err_msg=name)
+        if name not in ("combined", "complexity"):
+            # Nothing but rounding tells these apart.
+            assert (p[0] == 1).all(), name
+    for batch in found:
+        assert (calibration.maps.maps(batch, detector).max(axis=(1, 2)) <= calibration.maps.threshold).all()
+    # And yet nothing is overlooked: neither a spot nor another brightness.
+    spot, darker = pixels[:1].copy(), pixels[:1] - 12
+    spot[0, 0, 5:8, 5:8] += 40
+    for odd in (spot, darker):
+        worse = scores(odd, calibration)
+        assert p_values(calibration.sorted_scores["combined"], worse["combined"])[0] == pytest.approx(1 / 31)
+    assert calibration.maps.maps(statistics(spot), detector).max() > calibration.maps.threshold
+
+
+def test_last_digits_move_other_p_values_by_next_to_nothing() -> None:
+    found = statistics(pictures(60, seed=8))
+    codes = code_lengths(pictures(60, seed=8))
+    before, after = (calibrated().detector.scores(s, codes) for s in (found, otherwise_rounded(found, 1)))
+    for name in SCORES:
+        p, q = (p_values(calibrated().sorted_scores[name], of[name]) for of in (before, after))
+        assert np.abs(p - q).max() <= 0.05, name
+
+
+def test_exact_copies_count_once() -> None:
+    """An image in both halves would be calibrated with by densities that were fitted to it."""
+    pixels = pictures(30)
+    order = np.r_[0:30, 5:25, 5]
+    assert distinct(pixels[order]).tolist() == list(range(30))
+    assert distinct(pixels[order][::-1], pixels[:7]).tolist() == [*range(1, 19), *range(21, 26)]
+    copied, plain = (calibrate(statistics(some), some, RECORD) for some in (pixels[order], pixels))
+    assert (copied.record.num_fit, copied.record.num_calibration) == (15, 15)
+    for name, values in plain.sorted_scores.items():
+        np.testing.assert_allclose(copied.sorted_scores[name], values, rtol=1e-3, atol=1e-3, err_msg=name)
+    still = np.repeat(pixels[:19], 2, axis=0)
+    with pytest.raises(ValueError, match="got 19, allowed are 20 and more"):
+        calibrate(statistics(still), still, RECORD)
 
 
 def test_a_file_gives_the_same_scores_and_record() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from model.anomaly.arrays import flatten, unflatten
 from model.anomaly.gaussian import FAR, MAD_TO_STD, ShrunkGaussian, robust_scale
 from model.anomaly.mixture import GaussianMixture
+from model.anomaly.rounding import raised
 from model.anomaly.tail import MOST, Tail
 
 
@@ -59,6 +60,30 @@ def test_scales_ignore_outliers_and_never_vanish() -> None:
     values[0, 1] = 1e3
     assert robust_scale(values[:, 1:])[0][0] == pytest.approx(center[0], abs=0.01)
     assert pytest.approx(1 / 0.6745, rel=1e-3) == MAD_TO_STD
+
+
+def test_rounding_is_no_deviation_of_what_is_constant() -> None:
+    """Of any size, and whether it was exactly constant in the images fitted or but for its last digits."""
+    rng = np.random.default_rng(0)
+    level = np.array([0.0, 1.0, -30.0, 5e3])
+    for digits in (0.0, 4.0):
+        off = digits * np.finfo(np.float32).eps * (1 + np.abs(level)) * rng.uniform(-1, 1, (50, 4))
+        gaussian, mixture = ShrunkGaussian.fit(level + off), GaussianMixture.fit(level + off)
+        last = 4 * np.finfo(np.float32).eps * (1 + np.abs(level))
+        near, far = level + last * np.array([[0], [1], [-1]]), level * 1.1 + 0.1
+        assert np.ptp(gaussian.distance(near)) < 1e-4
+        assert np.ptp(mixture.surprise(near)) < 1e-4
+        assert gaussian.distance(far[None])[0] > 10
+    tail = Tail.fit(1 + 1e-6 * rng.uniform(size=50))
+    assert (tail.surprise(1 + 1e-5 * rng.uniform(-1, 1, 20)) == 0).all()
+    assert tail.surprise(np.array([1.1]))[0] > 10
+
+
+def test_raised_scores_keep_their_order() -> None:
+    scores = np.sort(np.random.default_rng(0).normal(0, 100, 200))
+    assert (np.diff(raised(scores)) > 0).all()
+    assert (raised(scores) > scores).all()
+    assert raised(np.array([-np.inf, np.inf])).tolist() == [-np.inf, np.inf]
 
 
 def test_what_is_not_finite_is_far_and_stays_a_number() -> None:

@@ -114,7 +114,7 @@ def test_white_noise_as_latent_fits_its_prior() -> None:
 
     def latent(u: torch.Tensor) -> dict[str, float]:
         names = ("mean", "std", "skewness", "kurtosis", "ks", "horizontal", "vertical", "largest")
-        return dict(zip(names, flow_statistics(flow, GAUSSIAN, u)["latent"].mean(axis=0).tolist(), strict=True))
+        return dict(zip(names, flow_statistics(flow, GAUSSIAN, u)[1]["latent"].mean(axis=0).tolist(), strict=True))
 
     flow.eval()
     for block in flow.blocks:

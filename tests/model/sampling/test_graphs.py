@@ -389,3 +389,22 @@ def test_a_fault_of_ours_is_not_taken_for_one_of_the_device() -> None:
     sampler = graphed(FLOW, faulty)
     with pytest.raises(TypeError, match="a fault of ours"):
         decode(sampler, mixed())
+
+
+def test_a_lack_of_memory_does_not_switch_graphs_off(caplog: pytest.LogCaptureFixture) -> None:
+    """The next batch may be smaller, or the memory be there again."""
+    lacks = [True]
+
+    def lacking(step: Step) -> Step:
+        if lacks:
+            lacks.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(step)
+
+    sampler = graphed(FLOW, lacking)
+    with caplog.at_level(logging.WARNING):
+        assert_same(decode(sampler, mixed()), decode(Sampler(FLOW), mixed()))
+    assert "out of memory" in caplog.text
+    assert sampler.graphs is not None
+    assert sampler.graphs.reason is None
+    assert len(sampler.graphs._idle) == 1

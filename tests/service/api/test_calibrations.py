@@ -131,7 +131,7 @@ def test_an_archive_gives_what_its_files_give(clean: httpx.Client) -> None:
     assert first["scores"] == second["scores"]
     assert first["record"]["source"] == "normal.zip"
     # The bytes tell that it is an archive, whatever its name is; both kinds may come together.
-    mixed = [*zipped(normals(12), "upload.bin"), *files(12)]
+    mixed = [*zipped(normals(12), "upload.bin"), *files()[12:]]
     assert post(clean, "mixed", mixed).json()["num_images"] == 24
     assert finished(clean, "mixed")["record"]["source"] == "12 uploaded files; upload.bin"
 
@@ -205,6 +205,25 @@ def test_too_few_images(client: httpx.Client, count: int) -> None:
         assert str(FEWEST_NORMALS) in error["message"]
 
 
+def test_exact_copies_count_once_and_their_number_is_told(clean: httpx.Client) -> None:
+    # Among the files, and between them and an archive.
+    sent = [*files(), *files(3), *zipped(normals(5))]
+    accepted = post(clean, "copied", sent)
+    assert accepted.status_code == 202, accepted.text
+    assert accepted.json()["num_images"] == COUNT
+    [warning] = accepted.json()["warnings"]
+    assert warning["code"] == "duplicates"
+    assert warning["message"] == "8 of 32 images are exact copies of others and were left out"
+    found = finished(clean, "copied")
+    assert (found["status"], found["num_images"]) == ("ready", COUNT)
+    assert found["record"]["source"] == f"{COUNT + 3} uploaded files; normal.zip; without 8 copies"
+    assert post(clean, "plain", files()).json()["warnings"] == []
+    assert finished(clean, "plain")["scores"].keys() == found["scores"].keys()
+    error = refused(post(clean, "few", [*files(FEWEST_NORMALS - 1), *files(3)]))
+    assert (error["param"], error["code"]) == ("files", "invalid_count")
+    assert "got 19 different images, allowed are 20 and more: 3 of 22 images are exact copies" in error["message"]
+
+
 def test_every_bad_image_is_named(client: httpx.Client) -> None:
     sent = files()
     for index in (3, 7):
@@ -231,6 +250,17 @@ def test_an_archive_that_expands_too_far(client: httpx.Client) -> None:
     zeros = bytes(40 * 2**20)
     error = refused(post(client, "bomb", zipped(normals() | {"bomb.png": zeros})))
     assert (error["param"], error["code"]) == ("bomb.png", "image_too_large")
+
+
+def test_a_body_that_was_cut_off(client: httpx.Client) -> None:
+    request = client.build_request("POST", PATH, files=files(), data={"name": "cut", **MODEL})
+    whole = request.read()
+    for size in (len(whole) - 4, len(whole) // 2):
+        headers = {"content-type": request.headers["content-type"]}
+        error = refused(client.post(PATH, content=whole[:size], headers=headers), 400)
+        assert error["code"] == "malformed_body"
+        assert "ends before its closing boundary" in error["message"]
+    assert made(client) == []
 
 
 def test_damaged_and_encrypted_archives(client: httpx.Client) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from service.broker.base import Command
 from service.errors import Canceled, InternalError, Overloaded, TimedOut, Unavailable, WorkerLost
-from service.jobs import LONG, URGENT, Op
-from tests.service.broker.conftest import Bench, job, model, result
+from service.jobs import LONG, URGENT, Lane, Op
+from tests.service.broker.conftest import Bench, held, info, job, model, result
 
 pytestmark = pytest.mark.anyio
 LONG_ENOUGH = 60.0
@@ -49,6 +51,21 @@ async def test_there_is_one_result(bench: Bench) -> None:
     assert (await bench.broker.wait("a", LONG_ENOUGH)).arrays["value"][0] == 1.0
 
 
+async def test_results_of_a_batch_arrive_together(bench: Bench) -> None:
+    worker = await bench.worker()
+    for name in "abc":
+        await bench.broker.submit(job(name))
+    claimed = await worker.claim()
+    await bench.broker.cancel("b")
+    results = [(got, result(number)) for number, got in enumerate(claimed)]
+    assert await worker.complete_all(results) == [True, False, True]
+    assert (await bench.broker.wait("a", LONG_ENOUGH)).arrays["value"][0] == 0
+    assert (await bench.broker.wait("c", LONG_ENOUGH)).arrays["value"][0] == 2
+    with pytest.raises(Canceled):
+        await bench.broker.wait("b", LONG_ENOUGH)
+    assert await worker.complete_all([]) == []
+
+
 async def test_jobs_are_claimed_in_their_order(bench: Bench) -> None:
     worker = await bench.worker()
     for name in "abc":
@@ -57,12 +74,15 @@ async def test_jobs_are_claimed_in_their_order(bench: Bench) -> None:
     assert await worker.claim() == []
 
 
-async def test_a_claim_asks_for_ops(bench: Bench) -> None:
+async def test_a_claim_asks_for_lanes_and_urgent_work_goes_first(bench: Bench) -> None:
     worker = await bench.worker()
-    for op in Op:
+    for op in [*LONG, *URGENT]:
         await bench.broker.submit(job(str(op), op))
-    assert {j.op for j in await worker.claim(URGENT)} == URGENT
-    assert {j.op for j in await worker.claim(LONG)} == LONG
+    [long] = await worker.claim({Lane.LONG}, max_rows=1)
+    assert long.op in LONG
+    assert {j.op for j in await worker.claim()} == URGENT
+    assert {j.op for j in await worker.claim()} == LONG - {long.op}
+    assert await worker.claim() == []
 
 
 async def test_a_worker_gets_jobs_of_its_models_only(bench: Bench) -> None:
@@ -84,7 +104,7 @@ async def test_a_claim_is_bounded_but_never_starves_a_large_job(bench: Bench) ->
 
 async def test_a_waiting_claim_wakes_up(bench: Bench) -> None:
     worker = await bench.worker()
-    claim = asyncio.create_task(worker.claim({Op.SCORE}, timeout=LONG_ENOUGH))
+    claim = asyncio.create_task(worker.claim({Lane.URGENT}, timeout=LONG_ENOUGH))
     await asyncio.sleep(0.05)
     await bench.broker.submit(job("other", Op.SAMPLE))
     await asyncio.sleep(0.05)
@@ -109,10 +129,11 @@ async def test_a_heartbeat_tells_what_is_lost(bench: Bench) -> None:
     worker, other = await bench.worker("w1"), await bench.worker("w2")
     for name in "abc":
         await bench.broker.submit(job(name))
-    await worker.claim(max_rows=2)
-    await other.claim()
+    a, b = await worker.claim(max_rows=2)
+    [c] = await other.claim()
     await bench.broker.cancel("b")
-    assert await worker.heartbeat({"a": 0.5, "b": 0.5, "c": 0.1, "unknown": 0.0}) == {"b", "c", "unknown"}
+    said = held(a, b, c, job("unknown"))
+    assert (await worker.heartbeat(said)).lost == {"b", "c", "unknown"}
 
 
 async def test_a_canceled_job_that_waits_is_not_claimed(bench: Bench) -> None:
@@ -144,8 +165,8 @@ async def test_an_expired_lease_fences_its_holder(bench: Bench) -> None:
     await broker.submit(job("a"))
     [stale] = await slow.claim()
     await asyncio.sleep(0.1)
-    assert broker.reclaim_expired() == 1
-    assert await slow.heartbeat({"a": 0.5}) == {"a"}
+    await bench.sweep()
+    assert (await slow.heartbeat(held(stale))).lost == {"a"}
     [fresh] = await quick.claim()
     assert (stale.attempt, fresh.attempt) == (1, 2)
     assert not await slow.complete(stale, result(1.0))
@@ -159,8 +180,9 @@ async def test_the_attempt_fences_a_worker_that_has_the_job_again(bench: Bench) 
     await broker.submit(job("a"))
     [stale] = await worker.claim()
     await asyncio.sleep(0.1)
-    broker.reclaim_expired()
+    await bench.sweep()
     [fresh] = await worker.claim()
+    assert (await worker.heartbeat(held(stale))).lost == {"a"}
     assert not await worker.complete(stale, result(1.0))
     assert await worker.complete(fresh, result(2.0))
 
@@ -170,10 +192,11 @@ async def test_heartbeats_keep_a_lease(bench: Bench) -> None:
     worker = await bench.worker()
     await broker.submit(job("a"))
     await broker.submit(job("b"))
-    await worker.claim()
+    a, _ = await worker.claim()
     await asyncio.sleep(0.6)
-    await worker.heartbeat({"a": 0.5})
-    assert broker.reclaim_expired() == 1
+    await worker.heartbeat(held(a))
+    await bench.sweep()
+    assert (await broker.stats()).reclaimed == 1
     assert [j.id for j in await worker.claim()] == ["b"]
 
 
@@ -202,7 +225,8 @@ async def test_a_job_that_loses_its_workers_fails(bench: Bench) -> None:
     await second.leave()
     with pytest.raises(WorkerLost, match="2 workers"):
         await broker.wait("a", LONG_ENOUGH)
-    assert sum((await broker.stats()).waiting.values()) == 0
+    stats = await broker.stats()
+    assert (sum(stats.waiting.values()), sum(stats.running.values()), stats.reclaimed, stats.dead) == (0, 0, 2, 1)
 
 
 async def test_a_released_job_counts_no_attempt(bench: Bench) -> None:
@@ -242,31 +266,19 @@ async def test_without_a_live_worker_nothing_is_accepted(bench: Bench) -> None:
     await asyncio.sleep(0.4)
     with pytest.raises(Unavailable):
         await broker.submit(job("a"))
-    await worker.heartbeat({})
+    await worker.heartbeat()
     await broker.submit(job("a", model="other"))
-
-
-async def test_a_draining_broker_finishes_what_it_accepted(bench: Bench) -> None:
-    worker = await bench.worker()
-    await bench.broker.submit(job("a"))
-    bench.broker.drain()
-    with pytest.raises(Unavailable) as caught:
-        await bench.broker.submit(job("b"))
-    assert caught.value.code == "draining"
-    [got] = await worker.claim()
-    assert await worker.complete(got, result())
-    await bench.broker.wait("a", LONG_ENOUGH)
 
 
 async def test_waiting_ends_and_cancels(bench: Bench) -> None:
     worker = await bench.worker()
     await bench.broker.submit(job("a"))
     await bench.broker.submit(job("b"))
-    await worker.claim(max_rows=1)
+    claimed = await worker.claim(max_rows=1)
     for name in "ab":
         with pytest.raises(TimedOut, match="canceled"):
             await bench.broker.wait(name, 0.05)
-    assert await worker.heartbeat({"a": 0.5}) == {"a"}
+    assert (await worker.heartbeat(held(*claimed))).lost == {"a"}
     assert await worker.claim() == []
 
 
@@ -275,22 +287,53 @@ async def test_stats_count_by_op(bench: Bench) -> None:
     await bench.broker.submit(job("a", Op.SCORE, cost=2))
     await bench.broker.submit(job("b", Op.SAMPLE, cost=3))
     await bench.broker.submit(job("c", Op.SAMPLE, cost=4))
-    await worker.claim({Op.SCORE})
+    await worker.claim({Lane.URGENT})
     stats = await bench.broker.stats()
     assert (dict(stats.waiting), dict(stats.running), stats.waiting_cost) == ({Op.SAMPLE: 2}, {Op.SCORE: 1}, 7)
     assert stats.oldest_wait_seconds >= 0
 
 
 async def test_workers_and_models_are_known(bench: Bench) -> None:
-    bench.broker.announce([model("z")])
     worker = await bench.worker("w1", ["m", "b"])
     figures = [{"name": "n", "type": "gauge", "documentation": "", "samples": [["n", {}, 1.0]]}]
-    await worker.heartbeat({}, figures)
-    await worker.heartbeat({})
+    await worker.heartbeat(figures=figures)
+    await worker.heartbeat()
     [status] = await bench.broker.workers()
     assert (status.info.id, status.info.device, list(status.measurements)) == ("w1", "cpu", figures)
     assert status.heartbeat_age >= 0
-    assert await bench.broker.models() == [model("b"), model("m"), model("z")]
+    assert await bench.broker.models() == [model("b"), model("m")]
     await worker.leave()
     assert await bench.broker.workers() == []
-    assert [m.name for m in await bench.broker.models()] == ["b", "m", "z"]
+    assert [m.name for m in await bench.broker.models()] == ["b", "m"]
+
+
+async def test_a_worker_may_change_its_models(bench: Bench) -> None:
+    worker, other = await bench.worker("w1", ["m", "b"]), await bench.worker("w2", ["b"])
+    await bench.broker.submit(job("waits", model="b"))
+    await worker.register(info("w1", ["m", "c"]))
+    assert [m.name for m in await bench.broker.models()] == ["b", "c", "m"]
+    await other.register(info("w2", ["c"]))
+    assert [m.name for m in await bench.broker.models()] == ["c", "m"]
+    assert await other.claim() == []
+    with pytest.raises(Unavailable, match="no worker"):
+        await bench.broker.submit(job("b", model="b"))
+    await other.register(info("w2", ["b", "c"]))
+    assert [j.id for j in await other.claim()] == ["waits"]
+
+
+async def test_a_worker_tells_how_its_models_stand(bench: Bench) -> None:
+    worker = await bench.worker("w1", ["m"])
+    states = {"m": "ready", "n": "failed: too large"}
+    await worker.register(replace(info("w1", ["m"]), states=states))
+    [status] = await bench.broker.workers()
+    assert dict(status.info.states) == states
+
+
+async def test_commands_reach_every_worker_once(bench: Bench) -> None:
+    first, second = await bench.worker("w1"), await bench.worker("w2")
+    load, unload = Command(action="load", model="n"), Command(action="unload", model="m")
+    assert await bench.broker.command(load) == 2
+    assert await bench.broker.command(unload) == 2
+    for worker in (first, second):
+        assert (await worker.heartbeat()).commands == (load, unload)
+        assert (await worker.heartbeat()).commands == ()

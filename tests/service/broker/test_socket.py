@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from service.broker.base import BrokerGone
 from service.broker.memory import MemoryBroker
-from service.broker.socket import BrokerGone, BrokerServer, SocketWorkerBroker
-from service.jobs import Op, WorkerInfo
+from service.broker.socket import BrokerServer, SocketWorkerBroker
+from service.jobs import Lane, WorkerInfo
 from service.messages import frame, pack
-from tests.service.broker.conftest import job, model, result
+from tests.service.broker.conftest import AMPLE, job, model, result
 
 pytestmark = pytest.mark.anyio
 INFO = WorkerInfo(id="w1", device="cpu", models=(model("m"),))
@@ -22,7 +23,7 @@ INFO = WorkerInfo(id="w1", device="cpu", models=(model("m"),))
 
 @pytest.fixture
 def broker() -> MemoryBroker:
-    return MemoryBroker(max_queue_cost=1000, lease_seconds=0.2, ready_seconds=60, max_attempts=3)
+    return MemoryBroker(AMPLE)
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def server(broker: MemoryBroker, path: Path) -> AsyncIterator[BrokerServer]:
-    server = BrokerServer(broker, path, sweep_seconds=0.05)
+    server = BrokerServer(broker, path)
     await server.start()
     yield server
     await server.stop()
@@ -60,6 +61,8 @@ async def registered(path: Path) -> SocketWorkerBroker:
         frame(["register", [INFO.to_wire()]]) + frame(["claim", ["nonsense"]]),
         frame(["register", [INFO.to_wire()]]) + frame(["claim", [["nonsense"], 1, 0]]),
         frame(["register", [INFO.to_wire()]]) + frame(["heartbeat", ["text", []]]),
+        frame(["register", [INFO.to_wire()]]) + frame(["heartbeat", [[{"other": 1}], []]]),
+        frame(["register", [INFO.to_wire()]]) + frame(["publish", ["a", 1, "preview", "text"]]),
         frame(["register", [INFO.to_wire()]]) + frame(["complete", ["a", 1]]),
         frame(["register", [INFO.to_wire()]]) + frame(["complete", ["a", 1, {"other": 1}]]),
         frame(["register", [INFO.to_wire()]]) + frame(["fail", ["a", 1, None]]),
@@ -79,7 +82,7 @@ async def test_nonsense_cuts_one_connection(
     # The next worker finds everything as it should be.
     worker = await registered(path)
     await broker.submit(job("a"))
-    [got] = await asyncio.to_thread(worker.claim, {Op.SAMPLE}, 1, 5)
+    [got] = await asyncio.to_thread(worker.claim, {Lane.LONG}, 1, 5)
     assert await asyncio.to_thread(worker.complete, got, result())
     await broker.wait("a", 5)
     worker.close()
@@ -101,7 +104,7 @@ async def test_another_version_is_cut_off(broker: MemoryBroker, path: Path) -> N
 async def test_nothing_goes_before_registering(path: Path) -> None:
     worker = await asyncio.to_thread(SocketWorkerBroker, path)
     with pytest.raises(RuntimeError, match="claim before register"):
-        await asyncio.to_thread(worker.claim, {Op.SCORE}, 1, 0)
+        await asyncio.to_thread(worker.claim, {Lane.URGENT}, 1, 0)
     worker.close()
 
 
@@ -111,20 +114,10 @@ async def test_only_this_user_can_open_it(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("server")
-async def test_leases_are_watched(broker: MemoryBroker, path: Path) -> None:
-    worker = await registered(path)
-    await broker.submit(job("a"))
-    await asyncio.to_thread(worker.claim, {Op.SAMPLE}, 1, 0)
-    [again] = await asyncio.to_thread(worker.claim, {Op.SAMPLE}, 1, 30)
-    assert (again.id, again.attempt) == ("a", 2)
-    worker.close()
-
-
-@pytest.mark.usefixtures("server")
 async def test_a_large_message_passes(broker: MemoryBroker, path: Path) -> None:
     worker = await registered(path)
     await broker.submit(job("a", rows=500_000))
-    [got] = await asyncio.to_thread(worker.claim, {Op.SAMPLE}, 1, 0)
+    [got] = await asyncio.to_thread(worker.claim, {Lane.LONG}, 1, 0)
     assert got.payload["array"].shape == (500_000,)
     assert got.payload["array"][-1] == 499_999
     worker.close()
@@ -132,7 +125,7 @@ async def test_a_large_message_passes(broker: MemoryBroker, path: Path) -> None:
 
 async def test_a_worker_notices_that_the_broker_is_gone(server: BrokerServer, path: Path) -> None:
     worker = await registered(path)
-    claim = asyncio.create_task(asyncio.to_thread(worker.claim, {Op.SCORE}, 1, 60))
+    claim = asyncio.create_task(asyncio.to_thread(worker.claim, {Lane.URGENT}, 1, 60))
     await asyncio.sleep(0.05)
     await server.stop()
     with pytest.raises(BrokerGone):
@@ -144,3 +137,34 @@ async def test_a_worker_notices_that_the_broker_is_gone(server: BrokerServer, pa
 def test_without_a_broker_there_is_no_worker(path: Path) -> None:
     with pytest.raises(BrokerGone, match="no broker listens"):
         SocketWorkerBroker(path)
+
+
+@pytest.mark.usefixtures("server")
+async def test_a_worker_that_died_while_it_waited_costs_no_attempt(broker: MemoryBroker, path: Path) -> None:
+    waiting, writer = await asyncio.open_unix_connection(str(path))
+    writer.write(frame(["register", [INFO.to_wire()]]) + frame(["claim", [sorted(Lane), 1, 60.0]]))
+    await waiting.read(1)
+    writer.close()
+    await asyncio.sleep(0.1)
+    await broker.submit(job("a"))
+    while await broker.workers():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    status = await broker.status("a")
+    assert (status.state, status.attempt) == ("queued", 1)
+
+
+@pytest.mark.usefixtures("server")
+async def test_the_end_of_an_old_connection_leaves_the_new_one_alone(broker: MemoryBroker, path: Path) -> None:
+    old = await registered(path)
+    await broker.submit(job("a"))
+    [lost] = await asyncio.to_thread(old.claim, set(Lane), 1, 0)
+    new = await registered(path)
+    assert (await broker.status("a")).attempt == lost.attempt + 1
+    with pytest.raises(BrokerGone):
+        await asyncio.to_thread(old.complete, lost, result())
+    old.close()
+    await asyncio.sleep(0.1)
+    assert [status.info.id for status in await broker.workers()] == ["w1"]
+    [got] = await asyncio.to_thread(new.claim, set(Lane), 1, 0)
+    assert await asyncio.to_thread(new.complete, got, result())
+    new.close()

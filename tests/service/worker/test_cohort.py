@@ -15,6 +15,7 @@ from model.sampling.sampler import Redone
 from service.jobs import REDONE, Job, Op
 from service.worker.cohort import Cohort, group
 from service.worker.loading import LoadedModel
+from service.worker.parts import Part
 from service.worker.scoring import Arrays
 
 
@@ -43,10 +44,14 @@ def sample(
     return Job(id=job_id, op=Op.SAMPLE, model="tiny-cond", payload=payload, rows=len(seeds), cost=1)
 
 
+def whole(*jobs: Job) -> list[Part]:
+    return [Part.whole(job) for job in jobs]
+
+
 def run(cohort: Cohort) -> dict[str, Arrays]:
     while not cohort.advance():
         pass
-    return {job.id: arrays for job, arrays in cohort.results()}
+    return {part.job.id: arrays for part, arrays in cohort.results()}
 
 
 def finish(cohort: Cohort) -> dict[str, np.ndarray]:
@@ -70,12 +75,12 @@ def jobs(tiny: LoadedModel) -> list[Job]:
 
 
 def test_whoever_leaves_whenever_the_others_keep_their_images(tiny: LoadedModel, jobs: list[Job]) -> None:
-    alone = {job.id: finish(Cohort(tiny, [job]))[job.id] for job in jobs}
-    total = slices(Cohort(tiny, jobs))
+    alone = {job.id: finish(Cohort(tiny, whole(job)))[job.id] for job in jobs}
+    total = slices(Cohort(tiny, whole(*jobs)))
     assert total > 10
     for leaving in ("a", "b", "c"):
         for after in (0, 1, total // 3, 2 * total // 3, total - 1):
-            cohort = Cohort(tiny, jobs)
+            cohort = Cohort(tiny, whole(*jobs))
             for _ in range(after):
                 assert not cohort.advance()
             cohort.drop([leaving, "unknown"])
@@ -86,7 +91,7 @@ def test_whoever_leaves_whenever_the_others_keep_their_images(tiny: LoadedModel,
 
 
 def test_when_all_leave_the_work_ends(tiny: LoadedModel, jobs: list[Job]) -> None:
-    cohort = Cohort(tiny, jobs)
+    cohort = Cohort(tiny, whole(*jobs))
     assert not cohort.advance()
     cohort.drop(["a", "b", "c"])
     assert cohort.advance()
@@ -94,7 +99,7 @@ def test_when_all_leave_the_work_ends(tiny: LoadedModel, jobs: list[Job]) -> Non
 
 
 def test_progress_grows_to_one(tiny: LoadedModel, jobs: list[Job]) -> None:
-    cohort, seen = Cohort(tiny, jobs), [0.0]
+    cohort, seen = Cohort(tiny, whole(*jobs)), [0.0]
     while not cohort.advance():
         seen.append(cohort.fraction)
         assert 0 <= cohort.fraction <= 1
@@ -113,7 +118,7 @@ def test_jobs_of_the_same_stages_share_a_cohort(tiny: LoadedModel) -> None:
     ]
     together = [["clean", "guided", "strict"], *([name] for name in ("noisy", "jacobi", "rough"))]
     together += [["certified"], ["uncertified"]]
-    assert [[job.id for job in jobs] for jobs in group(jobs)] == together
+    assert [[part.job.id for part in parts] for parts in group(whole(*jobs))] == together
 
 
 def test_the_reasons_have_the_numbers_of_the_sampler() -> None:
@@ -125,7 +130,7 @@ def test_the_reasons_have_the_numbers_of_the_sampler() -> None:
 def test_every_job_has_its_own_tolerance(tiny: LoadedModel) -> None:
     lax = sample("lax", tiny, [1, 2], 0, {"solver": "jacobi", "tolerance": 1.0})
     strict = sample("strict", tiny, [1, 2], 0, {"solver": "jacobi", "tolerance": 1e-5})
-    results = run(Cohort(tiny, [lax, strict]))
+    results = run(Cohort(tiny, whole(lax, strict)))
     assert results["strict"]["backward_error"].max() <= 1e-5 < results["lax"]["backward_error"].min()
     assert results["strict"]["passes"].min() > results["lax"]["passes"].max()
 
@@ -133,25 +138,25 @@ def test_every_job_has_its_own_tolerance(tiny: LoadedModel) -> None:
 def test_only_who_asks_gets_a_trajectory(tiny: LoadedModel) -> None:
     wants = sample("wants", tiny, [1, 2], 0, trajectory=True)
     other = sample("other", tiny, [3], 0)
-    results = run(Cohort(tiny, [other, wants]))
+    results = run(Cohort(tiny, whole(other, wants)))
     assert "trajectory" not in results["other"]
     states = results["wants"]["trajectory"]
     config = tiny.flow.config
     assert states.shape == (2, config.num_blocks, 3, 16, 16)
     assert states.dtype == np.float32
-    np.testing.assert_allclose(run(Cohort(tiny, [wants]))["wants"]["trajectory"], states, atol=1e-4)
+    np.testing.assert_allclose(run(Cohort(tiny, whole(wants)))["wants"]["trajectory"], states, atol=1e-4)
 
 
 def test_certificates_stay_with_their_images_while_others_leave(tiny: LoadedModel) -> None:
     how = {"solver": "jacobi"}
     jobs = [sample(name, tiny, [n, n + 10], 0, how, trajectory=True) for n, name in enumerate("abc")]
-    alone = {job.id: run(Cohort(tiny, [job]))[job.id] for job in jobs}
+    alone = {job.id: run(Cohort(tiny, whole(job)))[job.id] for job in jobs}
     assert len({arrays["backward_error"][0] for arrays in alone.values()}) == 3
-    total = slices(Cohort(tiny, jobs))
+    total = slices(Cohort(tiny, whole(*jobs)))
     denoising = 2 * tiny.flow.config.num_blocks
     # In the iterations, in the certificate, and twice in the denoising, which the sampler does not see.
     for after in (2, total - denoising - 1, total - denoising + 1, total - 1):
-        cohort = Cohort(tiny, jobs)
+        cohort = Cohort(tiny, whole(*jobs))
         for _ in range(after):
             assert not cohort.advance()
         cohort.drop(["b"])
@@ -164,9 +169,9 @@ def test_certificates_stay_with_their_images_while_others_leave(tiny: LoadedMode
 
 
 def test_sequential_images_have_no_certificate_unless_they_are_to(tiny: LoadedModel) -> None:
-    plain = Cohort(tiny, [sample("a", tiny, [1], 0)])
+    plain = Cohort(tiny, whole(sample("a", tiny, [1], 0)))
     assert np.isnan(run(plain)["a"]["backward_error"]).all()
     assert plain.plan is not None
     assert plain.plan.is_sequential
-    certified = run(Cohort(tiny, [sample("a", tiny, [1], 0, {"certify": True})]))["a"]
+    certified = run(Cohort(tiny, whole(sample("a", tiny, [1], 0, {"certify": True}))))["a"]
     assert 0 <= certified["backward_error"][0] < 1e-3

@@ -10,7 +10,8 @@ import torch
 
 from model.sampling.plan import CostProfile, PassCost
 from model.sampling.sampler import SLICE_SECONDS
-from service.worker.loading import MOST_SLICE_ROWS, LoadedModel, describe, load_models
+from service.worker.loading import MOST_SLICE_ROWS, LoadedModel, describe
+from service.worker.models import load_models
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,2 @@
+-- Known models and the digests of their metadata.
+return call('HGETALL', DIGESTS)
