@@ -13,7 +13,7 @@ from starlette.requests import Request
 from service.api.context import Context
 from service.api.schemas import Timing
 from service.broker.base import Terms
-from service.errors import Canceled
+from service.errors import Canceled, Unavailable
 from service.jobs import Job, JobResult, ModelInfo, Op
 
 
@@ -58,7 +58,11 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
     finally:
         gone.cancel()
         if not result.done():
-            await context.broker.cancel(job.id)
+            try:
+                await context.broker.cancel(job.id)
+            except Unavailable:
+                # The broker cancels the job when it can; what it will come to is not waited for.
+                result.cancel()
         # Retrieves the outcome of a job that was just canceled, so that nothing is left behind.
         await asyncio.gather(result, gone, return_exceptions=True)
     context.metrics.queue_wait.labels(model=job.model, op=str(job.op)).observe(finished.queue_seconds)

@@ -136,7 +136,8 @@ async def fit_uploads(
     """Decode uploads and bring them to a model's size and colours, image by image in a thread.
 
     Large images take much time and memory: few are decoded at the same time, and none for a client that has gone.
-    Raises ``InvalidRequest`` naming the image that cannot be used, ``Canceled`` for such a client.
+    Raises ``InvalidRequest`` naming the image that cannot be used, or for too many pixels in all, and ``Canceled`` for
+    such a client.
     """
     allowed = PIXELS_OF_A_REQUEST * settings.max_pixels
     total = 0
@@ -144,7 +145,7 @@ async def fit_uploads(
     def fit(upload: Upload, param: str) -> tuple[Fitted, int]:
         shown = f"{param} ({upload.filename})" if upload.filename else param
         try:
-            decoded = load_image(upload.data, min(settings.max_pixels, allowed - total))
+            decoded = load_image(upload.data, settings.max_pixels)
             width, height = decoded.image.size
             return fit_image(decoded, model.flow.image_size, model.flow.channels), width * height
         except ImageError as error:
@@ -154,6 +155,16 @@ async def fit_uploads(
     for i, upload in enumerate(uploads):
         param = f"files.{i}" if upload.filename is not None else f"images.{i}"
         image, count = await anyio.to_thread.run_sync(fit, upload, param, limiter=limiter)
+        # Asked afterwards, so that an image's own size is never blamed for what the others used up.
+        if total + count > allowed:
+            field = param.partition(".")[0]
+            raise InvalidRequest(
+                f"{field}: the pixels that all images of a request may have together, {allowed:,}, are "
+                f"used up: {i} of {len(uploads)} images with {total:,} pixels went in, and {param} has {count:,}; send "
+                f"fewer at once, or reduce them first: the model sees {model.flow.image_size}x{model.flow.image_size}",
+                param=field,
+                code="too_many_pixels",
+            )
         fitted.append(image)
         total += count
         if await request.is_disconnected():

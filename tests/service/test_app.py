@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from model.bundle import find_bundles
+from service.api import door as door_module
 from service.app import create_app
 from service.broker.base import USUAL, Accepted, Terms
 from service.broker.memory import MemoryBroker
@@ -20,9 +22,16 @@ from service.jobs import Job, ModelInfo, Op, WorkerInfo
 from service.settings import Settings
 from service.stores.directory import state_in
 from tests.service.broker.conftest import AMPLE
+from tests.service.pictures import file
 
 pytestmark = pytest.mark.anyio
 SMALL = 4096
+
+
+@pytest.fixture(autouse=True)
+def door(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request is judged at the door, however soon it comes after another."""
+    monkeypatch.setattr(door_module, "OPEN_SECONDS", 0)
 
 
 class Broken(MemoryBroker):
@@ -174,3 +183,15 @@ def test_the_api_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in sys.modules if m.partition('.')[0] == 'torch'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_used_up_pixels_are_blamed_on_the_request(models: Path) -> None:
+    picture = file(Image.new("L", (28, 28)))
+    async with connect(make(models, max_pixels=28 * 28)) as client:
+        response = await client.post("/v1/score", files=[("files", (f"{i}.png", picture)) for i in range(5)])
+        large = await client.post("/v1/score", files={"files": file(Image.new("L", (29, 28)))})
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("files", "too_many_pixels")
+    assert "4 of 5 images with 3,136 pixels went in" in error["message"]
+    assert (large.json()["error"]["param"], large.json()["error"]["code"]) == ("files.0", "image_too_large")

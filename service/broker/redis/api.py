@@ -181,10 +181,8 @@ class RedisBroker(Broker):
         except TimeoutError:
             if not attached:
                 raise TimedOut(f"not finished within {timeout:g} seconds; the job goes on") from None
-            try:
+            with suppress(Unavailable):
                 await self.cancel(job_id)
-            except Unavailable:
-                self._orphans.add(job_id)
             raise TimedOut(f"not finished within {timeout:g} seconds; the work was canceled") from None
         finally:
             self._waits.drop(job_id)
@@ -222,7 +220,12 @@ class RedisBroker(Broker):
             await asyncio.sleep(0.2)
 
     async def cancel(self, job_id: str) -> bool:
-        return bool(await self._calls.run("cancel", job_id))
+        try:
+            return bool(await self._calls.run("cancel", job_id))
+        except Unavailable:
+            if self._waits.is_attached(job_id):
+                self._orphans.add(job_id)  # nobody but this process knows that it is not wanted
+            raise
 
     # Asking.
 

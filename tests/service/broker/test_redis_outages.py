@@ -102,6 +102,20 @@ async def test_an_outcome_is_delivered_when_redis_is_back(
     assert (await waiting).arrays["value"][0] == 4.0
 
 
+async def test_what_was_given_up_in_an_outage_is_canceled_after_it(
+    server: RedisServer, broker: RedisBroker, worker: RedisWorkerBroker
+) -> None:
+    await broker.submit(job("a"))
+    [got] = worker.claim(LANES, 1, 0)
+    server.stop()
+    with pytest.raises(Unavailable):
+        await broker.cancel("a")
+    server.start()
+    async with asyncio.timeout(LONG_ENOUGH):
+        while "a" not in (await asyncio.to_thread(worker.heartbeat, held(got))).lost:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
 async def test_what_ended_while_a_replica_could_not_listen_is_asked_for(
     server: RedisServer, broker: RedisBroker, worker: RedisWorkerBroker
 ) -> None:
