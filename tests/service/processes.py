@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 TARFLOW = Path(sys.executable).with_name("tarflow")
 PATIENCE = 180.0
 """Seconds until something that must happen counts as a hang; no measurement."""
+SETTLING_SECONDS = 3.0
 _LISTENING = re.compile(r"Uvicorn running on (http://\S+)")
 
 
@@ -133,6 +134,10 @@ class HttpProcess(Process):
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's samples with these labels."""
         return metric(self.get("/metrics").text, name, **labels)
+
+    def settle(self) -> None:
+        """Return when the figures of idle workers are up to date: they tell them about once a second."""
+        time.sleep(SETTLING_SECONDS)
 
 
 class ServerProcess(HttpProcess):

@@ -149,6 +149,7 @@ def test_refusals_name_the_parameter(client: httpx.Client, body: dict[str, Any],
 
 def test_it_is_counted(client: httpx.Client, server: ServerProcess) -> None:
     labels = {"model": "tiny-cond", "op": "classify"}
+    server.settle()
     images = server.metric("tarflow_images_total", **labels)
     requests = server.metric("tarflow_requests_total", outcome="ok", **labels)
     classify(client, COLOUR, model="tiny-cond")

@@ -54,6 +54,7 @@ def test_metrics_are_valid_and_each_family_is_there_once(client: httpx.Client) -
 
 def test_workers_figures_arrive(client: httpx.Client, server: ServerProcess) -> None:
     labels = {"model": "tiny-vp", "op": "sample", "worker": "worker-0"}
+    server.settle()
     before = server.metric("tarflow_images_total", **labels)
     client.post("/v1/sample", json={"model": "tiny-vp", "num_images": 3})
     client.post("/v1/score", json={"model": "tiny-vp", "images": [b64(file(pixels(8)))]})

@@ -174,6 +174,7 @@ def test_it_is_counted(client: httpx.Client, server: ServerProcess) -> None:
             "passes": server.metric("tarflow_solver_passes_sum", model="tiny-cond"),
         }
 
+    server.settle()
     before = counts()
     sample(client, model="tiny-cond", num_images=3, solver="sequential")
     sample(client, model="tiny-cond", num_images=2, solver="jacobi")
