@@ -198,7 +198,7 @@ class Broker(Protocol):
         """Accept a job.
 
         Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full`` or ``share_full``),
-        ``Unavailable`` (``no_worker``, ``draining``), ``InvalidRequest`` (``idempotency_key_reused``).
+        ``Unavailable`` (``no_worker``), ``InvalidRequest`` (``idempotency_key_reused``).
         """
 
     async def wait(self, job_id: str, timeout: float) -> JobResult:

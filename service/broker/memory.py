@@ -58,7 +58,6 @@ class MemoryBroker(Broker):
         self._models: dict[str, ModelInfo] = {}
         self._arrival = asyncio.Event()
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
-        self._draining = False
         self._sweeper: asyncio.Task[None] | None = None
 
     # The API's face.
@@ -74,9 +73,7 @@ class MemoryBroker(Broker):
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
     async def check(self, model: str, cost: int, caller: str = "") -> None:
-        """Raises ``Overloaded`` when the queue is full, ``Unavailable`` without a worker or when draining."""
-        if self._draining:
-            raise Unavailable("the service is shutting down", code="draining", retry_after=RETRY_AFTER_SECONDS)
+        """Raises ``Overloaded`` when the queue is full, ``Unavailable`` without a worker."""
         if not any(model in (m.name for m in w.info.models) for w in self._live_workers()):
             raise Unavailable(
                 f"no worker is ready for model {model!r}; one is starting, busy or being replaced",
@@ -170,15 +167,6 @@ class MemoryBroker(Broker):
     def announce(self, models: Sequence[ModelInfo]) -> None:
         """Make models known before a worker has registered them."""
         self._models.update({m.name: m for m in models})
-
-    def drain(self) -> None:
-        """Accept nothing more; what was accepted goes on."""
-        self._draining = True
-
-    @property
-    def draining(self) -> bool:
-        """Whether :meth:`drain` was called."""
-        return self._draining
 
     @property
     def idle(self) -> bool:

@@ -11,8 +11,8 @@ import json
 import logging
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError, NoScriptError, RedisError  # noqa: A004
+from redis.exceptions import ConnectionError, NoScriptError  # noqa: A004
 from redis.retry import Retry
 
 from service.broker.base import RETRY_AFTER_SECONDS
-from service.broker.redis.connecting import OPTIONS, SOCKET_SECONDS, unavailable
+from service.broker.redis.connecting import OPTIONS, SOCKET_SECONDS, service_errors
 from service.broker.redis.keys import Keys, milliseconds
 from service.broker.redis.scripts import composed
 from service.calibrations import CalibrationFiles
@@ -75,7 +75,7 @@ class Connection:
     def run(self, name: str, *arguments: str | bytes | int) -> Any:
         """The answer of a script."""
         operation = composed("service.stores", "common", name)
-        with _errors():
+        with service_errors():
             try:
                 return self._redis.execute_command("EVALSHA", operation.sha, 1, self.base, *arguments)
             except NoScriptError:
@@ -83,7 +83,7 @@ class Connection:
 
     def call(self, *command: str | bytes | int) -> Any:
         """The answer of a command."""
-        with _errors():
+        with service_errors():
             return self._redis.execute_command(*command)
 
     def calls(self, commands: Sequence[Sequence[str | bytes | int]]) -> list[Any]:
@@ -91,16 +91,8 @@ class Connection:
         pipeline = self._redis.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
-        with _errors():
+        with service_errors():
             return list(pipeline.execute())
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except (RedisError, OSError) as error:
-        raise unavailable(error) or error from error
 
 
 class RedisCalibrations(CalibrationFiles):

@@ -29,7 +29,7 @@ from service.broker.redis.calls import Calls
 from service.broker.redis.connecting import public
 from service.broker.redis.keys import REPLICA_SECONDS, SWEEP_SECONDS, Keys, common_arguments, milliseconds, name_of
 from service.broker.redis.records import OUTCOME_FIELDS, Outcome, event_of, stats_of, status_of
-from service.broker.redis.refusals import draining, key_reused, refusal, share_of, unknown
+from service.broker.redis.refusals import key_reused, refusal, share_of, unknown
 from service.broker.redis.registry import Registry
 from service.broker.redis.waits import Waits, chunks
 from service.errors import TimedOut, Unavailable
@@ -68,7 +68,7 @@ class RedisBroker(Broker):
         self._last_news = b"0-0"
         self._tasks: list[asyncio.Task[None]] = []
         self._reachable = True
-        self._draining = self._closing = False
+        self._closing = False
 
     # Life.
 
@@ -91,24 +91,10 @@ class RedisBroker(Broker):
             await self._calls.run("detach", self._replica)
         await self._calls.close()
 
-    def drain(self) -> None:
-        """Accept nothing more in this process; what was accepted goes on."""
-        self._draining = True
-
-    @property
-    def draining(self) -> bool:
-        """Whether :meth:`drain` was called."""
-        return self._draining
-
     @property
     def idle(self) -> bool:
         """Whether nobody waits in this process."""
         return self._waits.empty
-
-    def abandon(self) -> None:
-        """Answer all who wait in this process, because it stops; their jobs are canceled by :meth:`close`."""
-        for job_id in self._waits.open():
-            self._waits.resolve(job_id, Outcome(state=JobState.CANCELED, error=draining()))
 
     async def _outcome(self, job_id: str) -> Outcome | None:
         return Outcome.of_job(await self._calls.fields(job_id, OUTCOME_FIELDS))
@@ -116,16 +102,11 @@ class RedisBroker(Broker):
     # Accepting.
 
     async def check(self, model: str, cost: int, caller: str = "") -> None:
-        self._refuse_when_draining()
         answer = await self._calls.run(
             "check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits)
         )
         if refused := refusal(answer, model, cost, self._limits):
             raise refused
-
-    def _refuse_when_draining(self) -> None:
-        if self._draining:
-            raise draining()
 
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         key = "" if terms.idempotency_key is None else name_of(terms.caller, terms.idempotency_key)
@@ -135,7 +116,6 @@ class RedisBroker(Broker):
             self._replica, key, terms.fingerprint, name_of(terms.caller), self._limits.max_queue_cost,
             share_of(self._limits), pack(job.payload),
         )  # fmt: skip
-        self._refuse_when_draining()
         if not terms.detached:
             self._waits.add(job.id, attached=True)  # its end may come before the answer
         try:

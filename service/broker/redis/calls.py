@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -11,7 +10,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, NoScriptError, RedisError  # noqa: A004
 
-from service.broker.redis.connecting import BLOCK_SECONDS, OPTIONS, SOCKET_SECONDS, unavailable
+from service.broker.redis.connecting import BLOCK_SECONDS, OPTIONS, SOCKET_SECONDS, service_errors
 from service.broker.redis.keys import Keys, milliseconds
 from service.broker.redis.scripts import script
 
@@ -56,7 +55,7 @@ class Calls:
         """The answer of a script."""
         operation = script(name)
         rest = (1, self._keys.base, *self._common, *arguments)
-        with _errors():
+        with service_errors():
             try:
                 return await self._redis.execute_command("EVALSHA", operation.sha, *rest)
             except NoScriptError:
@@ -64,7 +63,7 @@ class Calls:
 
     async def fields(self, job_id: str, names: Sequence[str]) -> list[bytes | None]:
         """Fields of a job."""
-        with _errors():
+        with service_errors():
             return await self._redis.hmget(self._keys.job(job_id), names)
 
     async def fields_of_many(self, ids: Sequence[str], names: Sequence[str]) -> list[list[bytes | None]]:
@@ -72,17 +71,17 @@ class Calls:
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in ids:
             pipeline.hmget(self._keys.job(job_id), names)
-        with _errors():
+        with service_errors():
             return await pipeline.execute()
 
     async def values(self, keys: Sequence[str]) -> list[bytes | None]:
         """Values of keys."""
-        with _errors():
+        with service_errors():
             return await self._redis.mget(keys)
 
     async def entries(self, key: str, last: str) -> list[Entry]:
         """What a stream has behind an id."""
-        with _errors():
+        with service_errors():
             return await self._redis.xrange(key, min=f"({last}")
 
     async def next_entries(self, key: str, last: str | bytes) -> list[Entry]:
@@ -94,7 +93,7 @@ class Calls:
         return await self._next(self._news, inbox, last)
 
     async def _next(self, client: Any, key: str, last: str | bytes) -> list[Entry]:
-        with _errors():
+        with service_errors():
             answer = await client.xread({key: last}, count=500, block=milliseconds(BLOCK_SECONDS))
         return answer[0][1] if answer else []
 
@@ -106,11 +105,3 @@ class Calls:
             return None
         value = found.get(name)
         return value.decode() if isinstance(value, bytes) else value
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except (RedisError, OSError) as error:
-        raise unavailable(error) or error from error

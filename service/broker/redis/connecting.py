@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -69,6 +71,15 @@ def unavailable(error: BaseException) -> Unavailable | None:
             "the queue cannot be reached; try again later", code="broker_unreachable", retry_after=RETRY_AFTER_SECONDS
         )
     return None
+
+
+@contextmanager
+def service_errors() -> Iterator[None]:
+    """Around a call of the API: what Redis has against it becomes the service's error."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise unavailable(error) or error from error
 
 
 def public(url: str) -> str:

@@ -65,7 +65,8 @@ class Outcome:
         """The result that came along; raises the error of a job that failed or was canceled."""
         if self.error is not None:
             raise self.error
-        assert self.data is not None  # noqa: S101
+        if self.data is None:
+            raise RuntimeError("asked for a result that did not come along")
         return replace(JobResult.from_wire(unpack(self.data)), queue_seconds=self.queue_seconds)
 
 

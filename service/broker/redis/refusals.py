@@ -52,11 +52,6 @@ def unknown(job_id: str) -> NotFound:
     )
 
 
-def draining() -> Unavailable:
-    """This process accepts nothing more."""
-    return Unavailable("the service is shutting down", code="draining", retry_after=RETRY_AFTER_SECONDS)
-
-
 def share_of(limits: Limits) -> int:
     """Most waiting cost of one named caller."""
     return int(limits.caller_share * limits.max_queue_cost)

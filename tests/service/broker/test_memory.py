@@ -11,7 +11,7 @@ import pytest
 from service.broker.memory import MemoryBroker
 from service.errors import Unavailable
 from service.jobs import Lane
-from tests.service.broker.conftest import AMPLE, info, job, model, result
+from tests.service.broker.conftest import AMPLE, info, job, model
 
 pytestmark = pytest.mark.anyio
 
@@ -30,19 +30,6 @@ async def test_leases_are_watched(broker: MemoryBroker) -> None:
     [first] = await broker.claim("w1", set(Lane), 1, 0)
     [again] = await broker.claim("w1", set(Lane), 1, 30)
     assert (first.attempt, again.id, again.attempt) == (1, "a", 2)
-
-
-async def test_a_draining_broker_finishes_what_it_accepted(broker: MemoryBroker) -> None:
-    await broker.submit(job("a"))
-    broker.drain()
-    with pytest.raises(Unavailable) as caught:
-        await broker.submit(job("b"))
-    assert caught.value.code == "draining"
-    assert not broker.idle
-    [got] = await broker.claim("w1", set(Lane), 1, 0)
-    assert broker.complete("w1", got.id, got.attempt, result())
-    await broker.wait("a", 5)
-    assert broker.idle
 
 
 async def test_what_is_left_at_the_end_gets_an_answer(broker: MemoryBroker) -> None:
