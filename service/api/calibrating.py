@@ -25,10 +25,10 @@ from service.api.calibration_schemas import (
     ScoreThreshold,
 )
 from service.api.context import ContextDependency
+from service.api.forms import Form, spooled_form
 from service.api.normals import read_normals
 from service.api.rendering import finite_or_none
 from service.api.schemas import ErrorBody, ErrorResponse, Notice
-from service.api.spooling import SpooledForm, spooled_form
 from service.calibrations import OWN, Stored
 from service.calibrator import new_pending
 from service.errors import InternalError, InvalidRequest
@@ -69,7 +69,7 @@ def _json_value(text: str) -> Any:
         return text
 
 
-def _read_fields(form: SpooledForm) -> CalibrationRequest:
+def _read_fields(form: Form) -> CalibrationRequest:
     """The fields of the form; raises ``InvalidRequest`` or a validation error naming the one that is wrong."""
     fields: dict[str, Any] = {}
     for name, text in form.fields:

@@ -55,7 +55,12 @@ class Context:
         return models[name]
 
 
-ContextDependency = Annotated[Context, Depends(Context)]
+async def _context(request: Request) -> Context:
+    """A coroutine, since FastAPI would call the class in a thread: dearer than all that the class does."""
+    return Context(request)
+
+
+ContextDependency = Annotated[Context, Depends(_context)]
 
 
 def resolve_class(model: ModelInfo, value: str | int | None) -> int | None:

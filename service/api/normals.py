@@ -15,7 +15,7 @@ from starlette.requests import Request
 from model.anomaly.calibration import FEWEST_NORMALS
 from model.anomaly.normals import distinct
 from model.images import ImageError, fit_image, load_image
-from service.api.spooling import SpooledFile
+from service.api.forms import FormFile
 from service.archives import Allowance, ArchiveError, ImageArchive, is_archive
 from service.calibrator import MOST_VALUES
 from service.errors import Canceled, InvalidRequest
@@ -59,7 +59,7 @@ def _shown_names(names: Sequence[str]) -> str:
 class _Upload:
     """The sources in the files of a form; reading the archives' lists blocks."""
 
-    def __init__(self, files: Sequence[SpooledFile], settings: Settings) -> None:
+    def __init__(self, files: Sequence[FormFile], settings: Settings) -> None:
         self._settings = settings
         self.sources: list[_Source] = []
         self.notices: list[tuple[str, str]] = []
@@ -94,7 +94,7 @@ class _Upload:
             shown = _shown_names(self._with_others)
             self.notices.append(("ignored_files", f"{self._others} files that are no images, in {shown}"))
 
-    def _reader(self, file: SpooledFile) -> Callable[[], bytes]:
+    def _reader(self, file: FormFile) -> Callable[[], bytes]:
         limit = self._settings.max_body_bytes
 
         def read() -> bytes:
@@ -105,7 +105,7 @@ class _Upload:
 
         return read
 
-    def _add_archive(self, file: SpooledFile, param: str) -> None:
+    def _add_archive(self, file: FormFile, param: str) -> None:
         name = file.filename or param
         try:
             archive = ImageArchive(file.content, self._allowance, member_bytes=self._settings.max_body_bytes)
@@ -139,7 +139,7 @@ def _check_size(model: ModelInfo, count: int) -> None:
 
 async def read_normals(
     request: Request,
-    files: Sequence[SpooledFile],
+    files: Sequence[FormFile],
     model: ModelInfo,
     settings: Settings,
     limiter: anyio.CapacityLimiter,

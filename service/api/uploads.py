@@ -15,10 +15,10 @@ import numpy as np
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from model.images import Change, Fitted, ImageError, fit_image, load_image
+from service.api.forms import Form, read_form
 from service.api.schemas import MOST_ITEMS, ImagesRequest
 from service.errors import Canceled, InvalidRequest, MalformedRequest
 from service.jobs import ModelInfo
@@ -27,7 +27,12 @@ from service.settings import Settings
 PIXELS_OF_A_REQUEST = 4
 """Pixels that all images of a request may have together, as a multiple of what one may."""
 
-Form = TypeVar("Form", bound=ImagesRequest)
+FILES = ("files", "file", "files[]")
+"""Names that the field of the images may have."""
+SMALL_BYTES, SMALL_PIXELS = 4096, 64 * 64
+"""An image within both is decoded at once: the way to a thread and back would take longer."""
+
+Fields = TypeVar("Fields", bound=ImagesRequest)
 
 
 @dataclass(frozen=True)
@@ -59,29 +64,29 @@ def _form_value(name: str, text: str) -> Any:
         return text
 
 
-async def _read_form(form: FormData, kind: type[Form]) -> tuple[Form, list[Upload]]:
-    uploads: list[Upload] = []
+def _read_form(form: Form, kind: type[Fields]) -> tuple[Fields, list[Upload]]:
     fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            if name not in ("files", "file", "files[]"):
-                raise InvalidRequest(f"{name}: files belong in the field 'files'", param=name, code="unknown_field")
-            uploads.append(Upload(await value.read(), value.filename))
-        elif name in ("files", "file", "files[]"):
+    for name, text in form.fields:
+        if name in FILES:
             raise InvalidRequest("files: got text, expected files (curl: -F files=@image.png)", param="files")
-        else:
-            if name in fields:
-                raise InvalidRequest(f"{name}: got it more than once, allowed is once", param=name)
-            fields[name] = _form_value(name, value)
-    if not uploads:
+        if name in fields:
+            raise InvalidRequest(f"{name}: got it more than once, allowed is once", param=name)
+        fields[name] = _form_value(name, text)
+    for file in form.files:
+        if file.field not in FILES:
+            raise InvalidRequest(
+                f"{file.field}: files belong in the field 'files'", param=file.field, code="unknown_field"
+            )
+    if not form.files:
         raise InvalidRequest(
             "files: at least one image is needed (curl: -F files=@image.png)", param="files", code="missing_field"
         )
     # The images travel beside the fields; a placeholder stands for them in the validation.
+    uploads = [Upload(file.content.read(), file.filename) for file in form.files]
     return _validate(kind, {**fields, "images": ["-"]}), uploads
 
 
-def _validate(kind: type[Form], content: Any) -> Form:
+def _validate(kind: type[Fields], content: Any) -> Fields:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -98,15 +103,14 @@ def _decode_base64(text: str, param: str) -> bytes:
         raise InvalidRequest(f"{param}: not base64: {error}", param=param, code="invalid_base64") from error
 
 
-async def read_images(request: Request, kind: type[Form], settings: Settings) -> tuple[Form, list[Upload]]:
+async def read_images(request: Request, kind: type[Fields], settings: Settings) -> tuple[Fields, list[Upload]]:
     """The fields and image files of a multipart or JSON request.
 
     Raises ``MalformedRequest`` or ``InvalidRequest`` naming the field that is wrong.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
-        async with request.form(max_files=MOST_ITEMS, max_fields=100) as form:
-            fields, uploads = await _read_form(form, kind)
+        fields, uploads = _read_form(await read_form(request, MOST_ITEMS), kind)
     elif content_type == "application/json":
         body = await request.body()
         try:
@@ -133,7 +137,7 @@ def check_count(count: int, param: str, settings: Settings) -> None:
 async def fit_uploads(
     request: Request, uploads: list[Upload], model: ModelInfo, settings: Settings, limiter: anyio.CapacityLimiter
 ) -> Inputs:
-    """Decode uploads and bring them to a model's size and colours, image by image in a thread.
+    """Decode uploads and bring them to a model's size and colours, image by image; what is not small in a thread.
 
     Large images take much time and memory: few are decoded at the same time, and none for a client that has gone.
     Raises ``InvalidRequest`` naming the image that cannot be used, or for too many pixels in all, and ``Canceled`` for
@@ -142,19 +146,28 @@ async def fit_uploads(
     allowed = PIXELS_OF_A_REQUEST * settings.max_pixels
     total = 0
 
-    def fit(upload: Upload, param: str) -> tuple[Fitted, int]:
-        shown = f"{param} ({upload.filename})" if upload.filename else param
-        try:
-            decoded = load_image(upload.data, settings.max_pixels)
-            width, height = decoded.image.size
-            return fit_image(decoded, model.flow.image_size, model.flow.channels), width * height
-        except ImageError as error:
-            raise InvalidRequest(f"{shown}: {error}", param=param, code=error.code) from error
+    def fit(upload: Upload, most: int) -> tuple[Fitted, int]:
+        decoded = load_image(upload.data, most)
+        width, height = decoded.image.size
+        return fit_image(decoded, model.flow.image_size, model.flow.channels), width * height
+
+    async def fitted_upload(upload: Upload) -> tuple[Fitted, int]:
+        if len(upload.data) <= SMALL_BYTES:
+            try:
+                return fit(upload, min(SMALL_PIXELS, settings.max_pixels))
+            except ImageError as error:
+                if error.code != "image_too_large":
+                    raise
+        return await anyio.to_thread.run_sync(fit, upload, settings.max_pixels, limiter=limiter)
 
     fitted = []
     for i, upload in enumerate(uploads):
         param = f"files.{i}" if upload.filename is not None else f"images.{i}"
-        image, count = await anyio.to_thread.run_sync(fit, upload, param, limiter=limiter)
+        try:
+            image, count = await fitted_upload(upload)
+        except ImageError as error:
+            shown = f"{param} ({upload.filename})" if upload.filename else param
+            raise InvalidRequest(f"{shown}: {error}", param=param, code=error.code) from error
         # Asked afterwards, so that an image's own size is never blamed for what the others used up.
         if total + count > allowed:
             field = param.partition(".")[0]
@@ -167,7 +180,8 @@ async def fit_uploads(
             )
         fitted.append(image)
         total += count
-        if await request.is_disconnected():
+        # After the last one the job's submission follows at once, and whoever waits for it looks for the client.
+        if i < len(uploads) - 1 and await request.is_disconnected():
             raise Canceled("the client went away")
     return Inputs(
         np.stack([image.pixels for image in fitted]),

@@ -12,8 +12,8 @@ from starlette.types import Message
 
 from model.bundle import find_bundles
 from service.api import normals as normals_module
+from service.api.forms import FormFile
 from service.api.normals import Normals, read_normals
-from service.api.spooling import SpooledFile
 from service.archives import Section
 from service.errors import InvalidRequest
 from service.jobs import ModelInfo
@@ -33,7 +33,7 @@ async def read(models: Path, sent: Files, **changes: int) -> Normals:
         raise AssertionError("it sleeps forever")
 
     request = Request({"type": "http", "headers": []}, receive)
-    spooled = [SpooledFile(field, name, Section(io.BytesIO(data), 0, len(data))) for field, (name, data) in sent]
+    spooled = [FormFile(field, name, Section(io.BytesIO(data), 0, len(data))) for field, (name, data) in sent]
     settings = Settings.model_validate(changes)
     return await read_normals(request, spooled, ModelInfo.of(bundle), settings, anyio.CapacityLimiter(1))
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from service.api.uploads import SMALL_BYTES
 from tests.service.pictures import b64, bomb, file, pixels
 
 GOOD = file(pixels(28))
@@ -80,9 +81,31 @@ def test_a_file_in_another_field(client: httpx.Client) -> None:
     assert _post(client, files={"picture": ("a.png", GOOD)}) == (422, "picture", "unknown_field")
 
 
-@pytest.mark.parametrize("value", ["[" * 100_000, "{}", "NaN", "1e400", "-1", "\ud800".encode("utf-8", "replace")])
+@pytest.mark.parametrize("value", ["[" * 60_000, "{}", "NaN", "1e400", "-1", "\ud800".encode("utf-8", "replace")])
 def test_a_strange_form_value(client: httpx.Client, value: str) -> None:
     assert _post(client, files={"files": ("a.png", GOOD)}, data={"seed": value})[:2] == (422, "seed")
+
+
+def test_a_form_value_without_end(client: httpx.Client) -> None:
+    got = _post(client, files={"files": ("a.png", GOOD)}, data={"seed": "1" * 100_000})
+    assert got == (400, None, "malformed_body")
+
+
+@pytest.mark.parametrize("endpoint", ["score", "classify", "encode", "denoise"])
+def test_a_form_that_was_cut_off(client: httpx.Client, endpoint: str) -> None:
+    content = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + GOOD + b"\r\n--x"
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    assert client.post(f"/v1/{endpoint}", content=content + b"--\r\n", headers=headers).status_code == 200
+    response = client.post(f"/v1/{endpoint}", content=content, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "malformed_body")
+
+
+def test_few_bytes_of_many_pixels(client: httpx.Client) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (600, 600), 7).save(buffer, "PNG")
+    assert len(buffer.getvalue()) < SMALL_BYTES
+    [result] = client.post("/v1/score", files={"files": ("a.png", buffer.getvalue())}).json()["images"]
+    assert [notice["code"] for notice in result["warnings"]] == ["resized"]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
-"""Large multipart forms: all files of a body in one temporary file, however many they are, and none in memory."""
+"""Multipart forms: small ones in memory; of large ones all files in one temporary file, however many they are.
+
+Unlike Starlette's parser this one never takes a body that was cut off for a whole one.
+"""
 
 from __future__ import annotations
 
+import io
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +26,7 @@ MOST_FIELDS = 100
 
 
 @dataclass
-class SpooledFile:
+class FormFile:
     """One file of a form."""
 
     field: str
@@ -31,18 +35,18 @@ class SpooledFile:
 
 
 @dataclass
-class SpooledForm:
+class Form:
     """Text fields in their order, and files."""
 
     fields: list[tuple[str, str]] = field(default_factory=list)
-    files: list[SpooledFile] = field(default_factory=list)
+    files: list[FormFile] = field(default_factory=list)
 
 
 class _Collector:
     """What the parser calls: keeps short fields and writes the bytes of files one after the other."""
 
     def __init__(self, file: IO[bytes], max_files: int) -> None:
-        self.form = SpooledForm()
+        self.form = Form()
         self.closed = False
         """Whether the boundary after the last part was there."""
         self._file, self._max_files, self._written = file, max_files, 0
@@ -89,7 +93,7 @@ class _Collector:
         if self._text is None:
             filename = self._options[b"filename"].decode(errors="replace")
             section = Section(self._file, self._start, self._written - self._start)
-            self.form.files.append(SpooledFile(name, filename, section))
+            self.form.files.append(FormFile(name, filename, section))
         else:
             self.form.fields.append((name, self._text.decode(errors="replace")))
 
@@ -97,29 +101,40 @@ class _Collector:
         self.closed = True
 
 
+async def read_form(request: Request, max_files: int) -> Form:
+    """The form of a multipart request, in memory: for bodies that the app's limit of the body keeps small.
+
+    Raises as :func:`spooled_form`.
+    """
+    boundary, collector = _boundary(request), _Collector(io.BytesIO(), max_files)
+
+    async def write(parser: MultipartParser, chunk: bytes) -> None:
+        parser.write(chunk)
+
+    return await _parsed(request, boundary, collector, write)
+
+
 @asynccontextmanager
-async def spooled_form(request: Request, directory: Path, max_files: int) -> AsyncIterator[SpooledForm]:
+async def spooled_form(request: Request, directory: Path, max_files: int) -> AsyncIterator[Form]:
     """The form of a multipart request; its files can be read until the context ends.
 
     The temporary file is in ``directory``, which is made; it has no name there and is gone with the process. Raises
     ``MalformedRequest`` for what is no form or ends too early, ``InvalidRequest`` for too many files.
     """
-    kind, options = parse_options_header(request.headers.get("content-type"))
-    if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise MalformedRequest(
-            f"Content-Type: got {kind.decode(errors='replace')[:100] or 'none'!r}, allowed is multipart/form-data with "
-            "a boundary (curl: -F files=@images.zip)",
-            code="unsupported_content_type",
-        )
+    boundary = _boundary(request)
 
     def opened() -> IO[bytes]:
         directory.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=directory)
 
+    async def write(parser: MultipartParser, chunk: bytes) -> None:
+        # Writes to disk.
+        await anyio.to_thread.run_sync(parser.write, chunk)
+
     try:
         file = await anyio.to_thread.run_sync(opened)
         with file:
-            yield await _parsed(request, options[b"boundary"], _Collector(file, max_files))
+            yield await _parsed(request, boundary, _Collector(file, max_files), write)
     except OSError as error:
         raise InternalError(
             f"the upload cannot be kept ({error.strerror}); the setting 'state', or TMPDIR of tarflow api, names "
@@ -128,7 +143,23 @@ async def spooled_form(request: Request, directory: Path, max_files: int) -> Asy
         ) from error
 
 
-async def _parsed(request: Request, boundary: bytes, collector: _Collector) -> SpooledForm:
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise MalformedRequest(
+            f"Content-Type: got {kind.decode(errors='replace')[:100] or 'none'!r}, allowed is multipart/form-data with "
+            "a boundary (curl: -F files=@images.zip)",
+            code="unsupported_content_type",
+        )
+    return options[b"boundary"]
+
+
+async def _parsed(
+    request: Request,
+    boundary: bytes,
+    collector: _Collector,
+    write: Callable[[MultipartParser, bytes], Awaitable[None]],
+) -> Form:
     try:
         parser = MultipartParser(
             boundary,
@@ -145,8 +176,7 @@ async def _parsed(request: Request, boundary: bytes, collector: _Collector) -> S
         )
         async for chunk in request.stream():
             if chunk:
-                # Writes to disk.
-                await anyio.to_thread.run_sync(parser.write, chunk)
+                await write(parser, chunk)
         parser.finalize()
     except FormParserError as error:
         raise MalformedRequest(f"the body is not a multipart form: {error}") from error

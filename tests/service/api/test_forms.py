@@ -1,7 +1,8 @@
-"""Large forms: whole ones are read however their bytes arrive, and one that was cut off is never taken for whole."""
+"""Forms: whole ones are read however their bytes arrive, and one that was cut off is never taken for whole."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from service.api.spooling import SpooledForm, spooled_form
+from service.api.forms import Form, read_form, spooled_form
 from service.errors import MalformedRequest
 
 pytestmark = pytest.mark.anyio
@@ -21,26 +22,36 @@ BODY = (
 )
 TYPE = 'multipart/form-data; boundary="a b"'
 
-Form = tuple[list[tuple[str, str]], list[tuple[str, str, bytes]]]
-WHOLE: Form = ([("name", "mine")], [("files", "1.png", CONTENT)])
+Contents = tuple[list[tuple[str, str]], list[tuple[str, str, bytes]]]
+WHOLE: Contents = ([("name", "mine")], [("files", "1.png", CONTENT)])
 
 
-async def read(chunks: Sequence[bytes], directory: Path, content_type: str = TYPE) -> Form:
-    """Fields, and files with their bytes, of a body that arrives in pieces."""
-    waiting = list(chunks)
+async def read(chunks: Sequence[bytes], directory: Path, content_type: str = TYPE) -> Contents:
+    """Fields, and files with their bytes, of a body that arrives in pieces; the same in memory and on disk."""
 
-    async def receive() -> Message:
-        chunk = waiting.pop(0) if waiting else b""
-        return {"type": "http.request", "body": chunk, "more_body": bool(waiting)}
+    def request() -> Request:
+        waiting = list(chunks)
 
-    headers = [(b"content-type", content_type.encode("latin-1"))]
-    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+        async def receive() -> Message:
+            chunk = waiting.pop(0) if waiting else b""
+            return {"type": "http.request", "body": chunk, "more_body": bool(waiting)}
 
-    def contents(form: SpooledForm) -> Form:
+        headers = [(b"content-type", content_type.encode("latin-1"))]
+        return Request({"type": "http", "method": "POST", "headers": headers}, receive)
+
+    def contents(form: Form) -> Contents:
         return form.fields, [(file.field, file.filename, file.content.read()) for file in form.files]
 
-    async with spooled_form(request, directory, 10) as form:
-        return contents(form)
+    try:
+        in_memory = contents(await read_form(request(), 10))
+    except MalformedRequest as error:
+        with pytest.raises(MalformedRequest, match=re.escape(str(error))):
+            async with spooled_form(request(), directory, 10):
+                pass
+        raise
+    async with spooled_form(request(), directory, 10) as form:
+        assert contents(form) == in_memory
+    return in_memory
 
 
 async def test_a_whole_form_in_any_two_pieces(tmp_path: Path) -> None:
