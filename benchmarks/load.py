@@ -78,7 +78,8 @@ def percentile(values: list[float], share: float) -> float:
     return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
-def _image(number: int) -> bytes:
+def image_file(number: int) -> bytes:
+    """A PNG file of random pixels."""
     return encode_image(np.random.default_rng(number).integers(0, 256, (1, 28, 28), dtype=np.uint8), "png")
 
 
@@ -86,11 +87,11 @@ def _request(load: Load, host: str, number: int) -> bytes:
     """The bytes of one request."""
     if load.kind == "score" and load.as_json:
         kind = "application/json"
-        body = json.dumps({"images": [base64.b64encode(_image(number % 16)).decode()]}).encode()
+        body = json.dumps({"images": [base64.b64encode(image_file(number % 16)).decode()]}).encode()
     elif load.kind == "score":
         kind = "multipart/form-data; boundary=frontier"
         head = b'--frontier\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        body = head + _image(number % 16) + b"\r\n--frontier--\r\n"
+        body = head + image_file(number % 16) + b"\r\n--frontier--\r\n"
     else:
         kind = "application/json"
         wanted = {"seed": number, "num_images": 1, "guidance_scale": 1.0, "denoise": True, "class": number % 10}

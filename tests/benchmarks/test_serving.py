@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import serving
+from benchmarks import overhead, serving
 from benchmarks.load import Answers, percentile
+from tests.benchmarks.programs import document
 
 
 def test_throughput_does_not_count_what_began_before() -> None:
@@ -64,3 +65,15 @@ def test_memory_stays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert len(grown) == 7
     assert max(grown.values()) < 5
     assert found["soak", "2 api + 2 worker", "not answered well"] == 0
+
+
+@pytest.mark.long
+def test_the_overhead_of_http(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--concurrency", "1,3", "--seconds", "1", "--rounds", "1"]
+    found = document(monkeypatch, capsys, overhead, *flags)["results"]
+    assert [row["concurrency"] for row in found] == [1, 3]
+    for row in found:
+        assert row["calls"] > 0
+        assert row["requests"] > 0
+        assert 0 < row["in_process_p50_ms"] <= row["in_process_p99_ms"]
+        assert 0 < row["http_p50_ms"] <= row["http_p99_ms"]
