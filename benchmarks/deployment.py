@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 READY_SECONDS = 300.0
 STOP_SECONDS = 60.0
 TICKS = os.sysconf("SC_CLK_TCK")
+STDERR = 2
 TARFLOW = str(Path(sys.executable).with_name("tarflow"))
 
 
@@ -97,7 +98,7 @@ def process(command: Sequence[str], **variables: str) -> Iterator[subprocess.Pop
     """A process, ended in order, and with it whatever it has left behind."""
     # What they say goes where errors go: the output may be one JSON document.
     started = subprocess.Popen(
-        list(command), env={**os.environ, **variables}, stdout=sys.stderr.fileno(), start_new_session=True
+        list(command), env={**os.environ, **variables}, stdout=STDERR, start_new_session=True
     )
     try:
         yield started

@@ -177,6 +177,8 @@ def loading(load: Load) -> Iterator[subprocess.Popen[str]]:
         if process.poll() is None:
             process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def answers(process: subprocess.Popen[str]) -> Answers:
