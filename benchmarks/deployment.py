@@ -97,9 +97,7 @@ def _is_ready(url: str, workers: int) -> bool:
 def process(command: Sequence[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process, ended in order, and with it whatever it has left behind."""
     # What they say goes where errors go: the output may be one JSON document.
-    started = subprocess.Popen(
-        list(command), env={**os.environ, **variables}, stdout=STDERR, start_new_session=True
-    )
+    started = subprocess.Popen(list(command), env={**os.environ, **variables}, stdout=STDERR, start_new_session=True)
     try:
         yield started
     finally:

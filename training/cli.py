@@ -135,6 +135,9 @@ def evaluate(
         bool,
         typer.Option("--accuracy", help="Also the Bayes accuracy of class-conditional models: a pass for each class."),
     ] = False,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Also draw so many samples and count those that are not finite.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Image i gets the noise of seed + i.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
     device: Device = "auto",
@@ -159,6 +162,7 @@ def evaluate(
             train_limit=train_limit,
             ignore_classes=no_class,
             accuracy=accuracy,
+            samples=samples,
             seed=seed,
             batch_size=batch_size,
         )

@@ -27,6 +27,7 @@ from training.classes import match_labels
 from training.data import DataError, Images, epoch_order, load_images
 from training.noisy import noisy_batches
 from training.provenance import training_split
+from training.soundness import Soundness, sample_soundness
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class EvaluationOptions:
     """Score without the images' classes."""
     accuracy: bool = False
     """Also classify the images; models without classes have no accuracy."""
+    samples: int = 0
+    """Samples to draw and look at; 0 for none."""
     seed: int = 0
     """Image i has the noise of seed + i."""
     batch_size: int = 128
@@ -88,6 +91,8 @@ class Evaluation:
     """Why there are no ``train_bits``."""
     accuracy: Accuracy | None = None
     """Which images the model recognizes; None where that was not asked for, or it has no classes."""
+    soundness: Soundness | None = None
+    """What became of samples; None where none were asked for."""
     codes: NDArray[np.float64] | None = None
     """Bits/dim (N, 3) of each image in every lossless codec of :data:`model.anomaly.codec.CODECS`; only where the
     model's bits/dim are a bound on a lossless code too, under uniform dequantization."""
@@ -152,7 +157,8 @@ def evaluate_bundle(
     """Score a bundle on the data's split and, if they are at hand, on images it was trained on.
 
     ``on_progress`` is told the images scored so far and their whole number; an image that is classified counts once
-    for every class. Raises :class:`~training.data.DataError` or :class:`~model.bundle.BundleError`.
+    for every class, and a sample counts as one. Raises :class:`~training.data.DataError` or
+    :class:`~model.bundle.BundleError`.
     """
     config = bundle.config
     conditional = bool(config.flow.num_classes) and not options.ignore_classes
@@ -169,6 +175,7 @@ def evaluate_bundle(
     flow = load_flow(bundle, device)
     total, done = len(images) + (len(trained_on) if trained_on else 0), 0
     total += len(images) * config.flow.num_classes if recognizes else 0
+    total += options.samples
 
     def advance(count: int) -> None:
         nonlocal done
@@ -209,6 +216,9 @@ def evaluate_bundle(
         no_gap_because=no_gap_because,
         codes=code_lengths(images.pixels) if config.noise.kind == "uniform" else None,
         accuracy=recognize(images) if recognizes else None,
+        soundness=sample_soundness(flow, config.noise, bundle.sampling, options.samples, advance=advance)
+        if options.samples
+        else None,
     )
 
 

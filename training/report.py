@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from model.anomaly.codec import CODECS
 from model.bundle import Bundle
 from training.accuracy import Accuracy
 from training.evaluate import Estimate, Evaluation, estimate, paired_accuracy, paired_difference
+from training.soundness import MARGIN, Soundness
 
 MOST_SHOWN = 12
 """Classes whose prior is told in words."""
@@ -41,7 +43,19 @@ def lines(evaluation: Evaluation) -> list[str]:
         text.append(f"lossless files of the same images, headers included: {means} bits/dim")
     if options.accuracy:
         text.append(f"Bayes accuracy: {_accuracy(evaluation, draws)}")
+    if evaluation.soundness is not None:
+        text.append(f"samples: {_soundness(evaluation.soundness)}")
     return text
+
+
+def _soundness(found: Soundness) -> str:
+    text = (
+        f"{found.not_finite:,} of {found.num_samples:,}, drawn as the bundle recommends with seeds from 0 and all "
+        "classes in turn, have values that are not finite"
+    )
+    if found.not_finite == found.num_samples:
+        return text
+    return f"{text}; of the values of the others {found.outside:.2%} are more than {MARGIN:g} outside of [-1, 1]"
 
 
 def _codes(evaluation: Evaluation) -> dict[str, float]:
@@ -145,7 +159,14 @@ def _evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "no_gap_because": evaluation.no_gap_because or None,
         "train_test_gap": None if gap is None else _estimate_json(gap),
         **({"bayes_accuracy": _accuracy_json(evaluation)} if options.accuracy else {}),
+        **({} if evaluation.soundness is None else {"samples": _soundness_json(evaluation.soundness)}),
     }
+
+
+def _soundness_json(soundness: Soundness) -> dict[str, Any]:
+    """JSON knows no NaN."""
+    outside = None if soundness.not_finite == soundness.num_samples else soundness.outside
+    return {**asdict(soundness), "outside": outside, "margin": MARGIN}
 
 
 def _accuracy_json(evaluation: Evaluation) -> dict[str, Any] | None:

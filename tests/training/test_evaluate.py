@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +37,7 @@ from training.evaluate import (
 )
 from training.report import differences, lines, markdown, to_json
 from training.run import Origin, Run
+from training.soundness import MARGIN, Soundness, sample_soundness
 
 CPU = torch.device("cpu")
 OPTIONS = EvaluationOptions()
@@ -229,6 +231,27 @@ def test_accuracy_comes_when_it_is_asked_for(bundle: Bundle, idx_data: Path) -> 
     assert document["accuracy"] == expected.value
     assert document["interval_95"] == [low, high]
     assert (document["num_images"], document["draws"], document["prior"]) == (20, 2, {"0": 0.5, "1": 0.5})
+
+
+def test_samples_are_counted_when_it_is_asked_for(bundle: Bundle, idx_data: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    options = EvaluationOptions(samples=3, train_limit=0)
+    evaluation = evaluate_bundle(bundle, idx_data, options, CPU, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (23, 23)
+    found = evaluation.soundness
+    assert found == sample_soundness(load_flow(bundle), bundle.config.noise, bundle.sampling, 3)
+    assert found is not None
+    (line,) = [line for line in lines(evaluation) if line.startswith("samples: 0 of 3, ")]
+    assert f"{found.outside:.2%}" in line
+    assert f"- S{line[1:]}" in markdown(evaluation)
+    document = to_json([evaluation])["evaluations"][0]["samples"]
+    assert document == {"num_samples": 3, "not_finite": 0, "outside": found.outside, "margin": MARGIN}
+    none_finite = replace(evaluation, soundness=Soundness(num_samples=3, not_finite=3, outside=math.nan))
+    assert lines(none_finite)[-1].endswith("have values that are not finite")
+    assert json.loads(json.dumps(to_json([none_finite]), allow_nan=False))
+    plain = evaluate_bundle(bundle, idx_data, OPTIONS, CPU)
+    assert plain.soundness is None
+    assert "samples" not in "\n".join(lines(plain)) + str(to_json([plain]))
 
 
 def test_accuracy_uses_and_tells_the_bundle_s_prior(bundle: Bundle, idx_data: Path, tmp_path: Path) -> None:
