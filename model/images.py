@@ -235,15 +235,19 @@ def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def encode_image(pixels: NDArray[np.uint8], file_format: Format) -> bytes:
-    """(C, H, W) 8-bit pixels as the bytes of an image file; PNG and WebP are lossless."""
+def encode_image(pixels: NDArray[np.uint8], file_format: Format, quality: int | None = None) -> bytes:
+    """(C, H, W) 8-bit pixels as the bytes of an image file; PNG and WebP are lossless.
+
+    ``quality``, 0 to 100, is JPEG's, 95 if not given; below 100 it makes WebP lossy.
+    """
     image, buffer = to_pillow(pixels), io.BytesIO()
     if file_format == "png":
         image.save(buffer, "PNG")
     elif file_format == "webp":
-        image.save(buffer, "WEBP", lossless=True)
+        exact = quality in (None, 100)
+        image.save(buffer, "WEBP", lossless=exact, **({} if exact else {"quality": quality}))
     else:
-        image.save(buffer, "JPEG", quality=95, subsampling=0)
+        image.save(buffer, "JPEG", quality=95 if quality is None else quality, subsampling=0)
     return buffer.getvalue()
 
 

@@ -106,14 +106,16 @@ async def image_results(
     output_format: OutputFormat,
     details: Sequence[Mapping[str, Any]],
     tolerance: float | None,
+    *,
+    quality: int | None = None,
 ) -> list[ImageResult]:
     """One answer per image; ``details`` holds each image's own fields (seed, class, warnings).
 
-    ``tolerance`` is that of certificates; ``None`` for images that were not sampled.
+    ``tolerance`` is that of certificates; ``None`` for images that were not sampled. ``quality`` is the encoder's.
     """
 
     def file(pixels: NDArray[np.uint8], floats: NDArray[np.float32]) -> str:
-        data = _npy(floats) if output_format == "npy" else encode_image(pixels, output_format)
+        data = _npy(floats) if output_format == "npy" else encode_image(pixels, output_format, quality)
         return base64.b64encode(data).decode()
 
     def build() -> list[ImageResult]:
