@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from model.bundle import find_bundles
+from service.allocator import give_back_large_blocks
 from service.api import envelope, health
 from service.app import create_app
 from service.broker.memory import MemoryBroker
@@ -91,6 +92,7 @@ def _log_to_stderr(settings: Settings) -> None:
 
 def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], bool] = lambda: False) -> None:
     """Answer until SIGINT or SIGTERM, or until there is no hope."""
+    give_back_large_blocks()
     config = uvicorn.Config(
         app,
         host=settings.host,

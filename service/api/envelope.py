@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from service import errors
 from service.errors import ServiceError
@@ -33,6 +34,9 @@ STATUS: dict[type[ServiceError], int] = {
     errors.WorkerLost: 503,
     errors.TimedOut: 504,
 }
+IN_VAIN = (errors.Conflict, errors.TimedOut, errors.WorkerLost)
+"""Errors after which a repetition would come to the same, at the same cost: clients that repeat whatever is a 409 or
+5xx are told so by a header that OpenAI's know."""
 OUTCOME: dict[type[ServiceError], str] = {
     errors.InvalidRequest: "invalid",
     errors.MalformedRequest: "invalid",
@@ -79,6 +83,7 @@ def body(error: ServiceError) -> dict[str, Any]:
 def render(error: ServiceError) -> JSONResponse:
     """An error as a response."""
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
+    headers |= {"x-should-retry": "false"} if isinstance(error, IN_VAIN) else {}
     return JSONResponse(body(error), status_code=STATUS[type(error)], headers=headers)
 
 
@@ -101,6 +106,15 @@ def from_validation(error: RequestValidationError) -> ServiceError:
     message = f"{param or 'body'}: {first['msg']}" + ("" if first["type"] == "missing" else f" (got {shown})")
     code = {"missing": "missing_field", "extra_forbidden": "unknown_field"}.get(first["type"], "invalid_value")
     return errors.InvalidRequest(message, param=param, code=code)
+
+
+def methods_of(request: Request) -> list[str]:
+    """Every method that the path of a request knows; the framework names only those of one of its routes."""
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        if any(r.matches({**request.scope, "method": method})[0] is Match.FULL for r in request.app.router.routes)
+    ]
 
 
 def from_http(error: HTTPException, request: Request) -> ServiceError:
@@ -132,6 +146,8 @@ def install(app: FastAPI) -> None:
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
+        if error.headers and "Allow" in error.headers:
+            error.headers = {**error.headers, "Allow": ", ".join(methods_of(request))}
         request.state.error = from_http(error, request)
         response = render(request.state.error)
         response.headers.update(error.headers or {})
