@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from service.api import administering, calibrating, classifying, envelope, health, models, sampling, scoring
 from service.api.door import Door
+from service.api.inference_protocol.routes import router as inference_protocol
 from service.api.observing import BodyLimit, BodyLimits, Observing
 from service.api.openai_images import generating
 from service.broker.base import Broker
@@ -83,6 +84,7 @@ def create_app(
     app.state.drain, app.state.restarts = drain, restarts
     for part in (sampling, scoring, classifying, calibrating, models, generating, health):
         app.include_router(part.router)
+    app.include_router(inference_protocol)
     if settings.admin:
         app.include_router(administering.router)
     envelope.install(app)

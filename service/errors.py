@@ -3,6 +3,7 @@
     ServiceError
     ├── InvalidRequest         a value the caller sent is not allowed
     │   └── MalformedRequest   the body cannot even be parsed
+    ├── Forbidden              the caller may not do this
     ├── NotFound               no such path, model or job
     ├── Conflict               there is such a thing already
     ├── MethodNotAllowed       the path exists, not with this method
@@ -67,6 +68,13 @@ class MalformedRequest(InvalidRequest):
     """The body is not what its content type says."""
 
     default_code = "malformed_body"
+
+
+class Forbidden(ServiceError):
+    """The caller may not do this."""
+
+    type = "permission_error"
+    default_code = "forbidden"
 
 
 class NotFound(ServiceError):

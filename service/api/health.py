@@ -46,7 +46,7 @@ class NotReady(BaseModel):
     workers: list[ReadyWorker]
 
 
-async def _ready_workers(context: Context) -> list[WorkerStatus]:
+async def ready_workers(context: Context) -> list[WorkerStatus]:
     """Workers that have warmed up and whose inference loop was heard lately."""
     workers = await context.broker.workers()
     return [w for w in workers if w.heartbeat_age <= context.settings.ready_seconds]
@@ -70,7 +70,7 @@ async def readyz(context: ContextDependency) -> JSONResponse:
     """200 when a worker has loaded and warmed up its models and its inference loop is running."""
     reason = "no worker is ready; one is starting, busy or being replaced"
     try:
-        ready = await _ready_workers(context)
+        ready = await ready_workers(context)
     except Unavailable as error:
         ready, reason = [], error.message
     draining = context.request.app.state.drain.draining
@@ -95,7 +95,7 @@ async def metrics(context: ContextDependency) -> Response:
     """The figures of this process, and those of the workers, in Prometheus' text format."""
     try:
         workers, stats = await context.broker.workers(), await context.broker.stats()
-        ready, restarts = len(await _ready_workers(context)), context.request.app.state.restarts()
+        ready, restarts = len(await ready_workers(context)), context.request.app.state.restarts()
     except Unavailable:
         # What this process has counted can be told without a broker.
         return Response(context.metrics.render_own(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -86,10 +86,11 @@ class Observing:
 
     def _count(self, scope: Scope, seconds: float, *, finished: bool) -> None:
         """Count requests of the model's operations: those below /v1 that are not lists or descriptions."""
-        route = getattr(scope.get("route"), "name", "")
+        state = scope.get("state", {})
+        # A route whose operation depends on the request says which it was.
+        route = state.get("op") or getattr(scope.get("route"), "name", "")
         if route not in OPERATIONS:
             return
-        state = scope.get("state", {})
         error, model = state.get("error"), state.get("model", "")
         outcome = "error" if not finished else "ok" if error is None else OUTCOME.get(type(error), "error")
         self.metrics.requests.labels(model=model, op=route, outcome=outcome).inc()
