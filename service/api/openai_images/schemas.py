@@ -105,3 +105,33 @@ class GenerationResponse(BaseModel):
     parameters: dict[str, Any]
     timing: Timing
     warnings: list[Notice] = []
+
+
+class PartialImageEvent(BaseModel):
+    """The state after one of the flow's blocks."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: Format
+    block: int = Field(description="Ours: after how many blocks this is the state,")
+    blocks: int = Field(description="and of how many.")
+
+
+class CompletedEvent(GeneratedImage):
+    """The image."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    created_at: int
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: Format
+    usage: Usage
+    id: str
+    model: str
+    parameters: dict[str, Any]
