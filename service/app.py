@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from service.api import administering, calibrating, classifying, envelope, health, models, sampling, scoring
 from service.api.door import Door
+from service.api.jobs import routes as jobs
 from service.api.observing import BodyLimit, BodyLimits, Observing
 from service.broker.base import Broker
 from service.calibrations import CalibrationStore
@@ -80,7 +81,7 @@ def create_app(
     app.state.metrics = ServiceMetrics(drift)
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)
     app.state.drain, app.state.restarts = drain, restarts
-    for part in (sampling, scoring, classifying, calibrating, models, health):
+    for part in (sampling, scoring, classifying, calibrating, jobs, models, health):
         app.include_router(part.router)
     if settings.admin:
         app.include_router(administering.router)

@@ -76,6 +76,12 @@ class Settings(SharedSettings):
     )
     caller_share: float = Field(0.5, gt=0, le=1, description="Share of it that one named caller may have waiting.")
     request_timeout: float = Field(600.0, gt=0, description="Seconds until a waiting request is given up with 504.")
+    job_timeout: float = Field(
+        3600.0, gt=0, description="Seconds until an asynchronous job that has not ended is given up."
+    )
+    result_seconds: float = Field(
+        3600.0, gt=0, description="Seconds that a job that outlives its connection is kept after it has ended."
+    )
     admin: bool = Field(
         False, description="Answer /v1/admin, where whoever reaches the port can load and unload models."
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -16,11 +16,33 @@ from service.broker.base import Terms
 from service.errors import Canceled, Unavailable
 from service.jobs import Job, JobResult, ModelInfo, Op
 
+Value = TypeVar("Value")
 
-async def _disconnected(request: Request) -> None:
+
+async def disconnected(request: Request) -> None:
     """Returns when the client has gone. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Value]) -> Value:
+    """What the work comes to; it is canceled, and ``Canceled`` raised, when the client goes away before."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Canceled("the client went away")
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        # Retrieves what they came to, so that nothing is left behind.
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def caller_of(context: Context) -> str:
+    """Whose share of the service a request uses, and who may see its jobs; empty for callers without a name."""
+    return str(getattr(context, "caller", ""))
 
 
 def cost_of(model: ModelInfo, rows: int, passes: int = 1) -> int:
@@ -40,6 +62,15 @@ def new_job(model: ModelInfo, op: Op, payload: Mapping[str, Any], rows: int, pas
     )
 
 
+async def admit(context: Context, model: ModelInfo, cost: int) -> None:
+    """Raise ``Overloaded`` or ``Unavailable`` where it would be in vain to prepare a job of this cost.
+
+    What may be a repetition is always prepared: its answer may be there, however long the queue is.
+    """
+    if "idempotency-key" not in context.request.headers:
+        await context.door.check(model.name, cost)
+
+
 async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
     """Submit a job and wait for its result; raises the job's error.
 
@@ -47,9 +78,9 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
     """
     start = time.monotonic()
     timeout = context.settings.request_timeout
-    await context.door.submit(job, Terms(timeout=timeout))
+    await context.door.submit(job, Terms(caller=caller_of(context), timeout=timeout))
     result = asyncio.create_task(context.broker.wait(job.id, timeout))
-    gone = asyncio.create_task(_disconnected(context.request))
+    gone = asyncio.create_task(disconnected(context.request))
     try:
         await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
@@ -65,10 +96,19 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
                 result.cancel()
         # Retrieves the outcome of a job that was just canceled, so that nothing is left behind.
         await asyncio.gather(result, gone, return_exceptions=True)
+    return finished, timing_of(context, job, finished, time.monotonic() - start)
+
+
+def timing_of(context: Context, job: Job, finished: JobResult, seconds: float) -> Timing:
+    """Where the time of a job went that this process has waited for; its wait is counted."""
     context.metrics.queue_wait.labels(model=job.model, op=str(job.op)).observe(finished.queue_seconds)
-    timing = Timing(
+    return timing(finished, seconds)
+
+
+def timing(finished: JobResult, seconds: float) -> Timing:
+    """Where the time of a job went."""
+    return Timing(
         queue_ms=1000 * finished.queue_seconds,
         inference_ms=1000 * finished.inference_seconds,
-        total_ms=1000 * (time.monotonic() - start),
+        total_ms=1000 * seconds,
     )
-    return finished, timing
