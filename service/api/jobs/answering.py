@@ -51,8 +51,6 @@ async def answer(context: Context, prepared: Prepared) -> Response | BaseModel:
     if wishes.mode is Mode.SYNC or wishes.wait:
         prepared.recipe.file_format(accept)  # before any work is done in vain
     key = wishes.idempotency_key
-    if wishes.mode is Mode.SYNC and key is None:
-        raise AssertionError("a synchronous call without a key is a usual one")
     accepted = await keep(context, prepared, wishes.mode, key)
     if wishes.mode is Mode.STREAM:
         # Who has a key may come back, and finds it.

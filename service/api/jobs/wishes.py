@@ -52,10 +52,10 @@ def wishes_of(request: Request) -> Wishes:
     accept = headers.get("accept", "")
     streams = EVENT_STREAM in accept and _prefers_events(accept)
     prefer, key = headers.getlist("prefer"), headers.get("idempotency-key")
-    if not (streams or prefer or key is not None):
-        return USUAL
     preferences = _preferences(prefer)
     asynchronous = "respond-async" in preferences
+    if not (streams or asynchronous or key is not None):
+        return USUAL
     # Preferences that cannot be understood are to be ignored.
     wait = preferences.get("wait", "")
     return Wishes(
