@@ -5,44 +5,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from starlette.requests import Request
 
 from service.api.context import Context
 from service.api.schemas import Timing
-from service.broker.base import Terms
 from service.errors import Canceled, Unavailable
 from service.jobs import Job, JobResult, ModelInfo, Op
-
-Value = TypeVar("Value")
 
 
 async def disconnected(request: Request) -> None:
     """Returns when the client has gone. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Value]) -> Value:
-    """What the work comes to; it is canceled, and ``Canceled`` raised, when the client goes away before."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Canceled("the client went away")
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        # Retrieves what they came to, so that nothing is left behind.
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-def caller_of(context: Context) -> str:
-    """Whose share of the service a request uses, and who may see its jobs; empty for callers without a name."""
-    return str(getattr(context, "caller", ""))
 
 
 def cost_of(model: ModelInfo, rows: int, passes: int = 1) -> int:
@@ -77,9 +54,9 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
     When the client disconnects the job is canceled: nobody would see its result.
     """
     start = time.monotonic()
-    timeout = context.settings.request_timeout
-    await context.door.submit(job, Terms(caller=caller_of(context), timeout=timeout))
-    result = asyncio.create_task(context.broker.wait(job.id, timeout))
+    terms = context.terms()
+    await context.door.submit(job, terms)
+    result = asyncio.create_task(context.broker.wait(job.id, terms.timeout))
     gone = asyncio.create_task(disconnected(context.request))
     try:
         await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -50,21 +50,17 @@ async def answer(context: Context, prepared: Prepared) -> Response | BaseModel:
         return await prepared.recipe.render(context, done)
     if wishes.mode is Mode.SYNC or wishes.wait:
         prepared.recipe.file_format(accept)  # before any work is done in vain
-    key = wishes.idempotency_key
-    accepted = await keep(context, prepared, wishes.mode, key)
+    accepted = await keep(context, prepared, wishes)
     if wishes.mode is Mode.STREAM:
-        # Who has a key may come back, and finds it.
-        cancels = not wishes.asynchronous and key is None
-        return EventStream(context, accepted.job_id, cancels=cancels)
+        return EventStream(context, accepted.job_id, cancels=not wishes.outlives)
     if wishes.mode is Mode.ASYNC:
         return await _later(context, accepted.job_id, wishes)
     if accepted.repeated:
         await _check_ended(context, accepted.job_id)
-    status, found = await ended_within(context, accepted.job_id, context.settings.request_timeout)
+    status, found = await ended_within(context, accepted.job_id, context.timeout)
     if status.state not in FINAL:
         raise TimedOut(
-            f"not finished within {context.settings.request_timeout:g} seconds; the job goes on: send the request "
-            "again with the same Idempotency-Key"
+            "not finished within the time for the request; the job goes on: send it again with the same Idempotency-Key"
         )
     return await _result(context, status, found)
 
@@ -72,7 +68,7 @@ async def answer(context: Context, prepared: Prepared) -> Response | BaseModel:
 async def _later(context: Context, job_id: str, wishes: Wishes) -> Response | BaseModel:
     """202 with the job's document; or what comes within the seconds that the client waits."""
     if wishes.wait:
-        seconds = min(wishes.wait, context.settings.request_timeout)
+        seconds = min(wishes.wait, context.timeout)
         status, found = await ended_within(context, job_id, seconds)
         if status.state in FINAL:
             return await _result(context, status, found)

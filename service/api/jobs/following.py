@@ -6,15 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from service.api.context import Context
-from service.api.jobs.keeping import kept, previewing
+from service.api.jobs.keeping import previewing
 from service.api.running import timing_of
 from service.api.schemas import Timing
 from service.broker.base import Event
 from service.errors import ServiceError, Unavailable
 from service.jobs import Job, JobResult, JobState
+
+KEPT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,7 @@ async def follow(context: Context, job: Job, *, previews: int = 0) -> AsyncGener
     """
     start, ended = time.monotonic(), False
     # Kept no longer than it takes to be read here.
-    terms = replace(kept(context), timeout=context.settings.request_timeout, keep_seconds=60.0)
-    await context.door.submit(previewing(job, previews), terms)
+    await context.door.submit(previewing(job, previews), context.terms(keep_seconds=KEPT_SECONDS, detached=True))
     try:
         async with aclosing(context.broker.events(job.id)) as events:
             async for event in events:

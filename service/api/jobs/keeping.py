@@ -8,11 +8,11 @@ from dataclasses import replace
 import anyio.to_thread
 
 from service.api.context import Context
-from service.api.jobs.wishes import Mode, fingerprint
+from service.api.jobs.wishes import Wishes, fingerprint
 from service.api.recipes.base import Prepared
 from service.api.recipes.stored import packed
-from service.api.running import caller_of, disconnected
-from service.broker.base import Accepted, JobStatus, Terms
+from service.api.running import disconnected
+from service.broker.base import Accepted, JobStatus
 from service.drain import Drain
 from service.errors import Canceled, NotFound, TimedOut
 from service.jobs import FINAL, Job, JobResult
@@ -29,20 +29,15 @@ def drain_of(context: Context) -> Drain:
     return drain
 
 
-def kept(context: Context) -> Terms:
-    """How a job is treated that outlives its connection."""
-    settings = context.settings
-    return Terms(
-        caller=caller_of(context), timeout=settings.job_timeout, keep_seconds=settings.result_seconds, detached=True
-    )
-
-
-async def keep(context: Context, prepared: Prepared, mode: Mode, key: str | None) -> Accepted:
+async def keep(context: Context, prepared: Prepared, wishes: Wishes) -> Accepted:
     """Submit a job to be kept with its recipe, or find the one that it repeats."""
+    settings, key = context.settings, wishes.idempotency_key
     recipe = await anyio.to_thread.run_sync(packed, prepared)
-    terms = replace(kept(context), recipe=recipe)
+    # Who goes away with the connection has no more time than it.
+    timeout = settings.job_timeout if wishes.outlives else context.timeout
+    terms = context.terms(timeout=timeout, keep_seconds=settings.result_seconds, detached=True, recipe=recipe)
     if key is not None:
-        digest = await anyio.to_thread.run_sync(fingerprint, context.request, prepared, mode)
+        digest = await anyio.to_thread.run_sync(fingerprint, context.request, prepared, wishes.mode)
         terms = replace(terms, idempotency_key=key, fingerprint=digest)
     return await context.door.submit(previewing(prepared.job, prepared.previews), terms)
 
@@ -50,7 +45,7 @@ async def keep(context: Context, prepared: Prepared, mode: Mode, key: str | None
 async def own_job(context: Context, job_id: str) -> JobStatus:
     """Where a job of this caller stands; those of others are not there."""
     status = await context.broker.status(job_id)
-    if status.caller != caller_of(context):
+    if status.caller != context.caller.name:
         raise NotFound(
             f"job: {job_id[:100]!r} is not known; results are kept for a limited time",
             code="job_not_found",

@@ -15,7 +15,6 @@ from service.api.jobs.keeping import ended_within, own_job
 from service.api.jobs.streaming import EventStream
 from service.api.jobs.wishes import EVENT_STREAM
 from service.api.recipes.stored import recipe_of, stored_answer
-from service.api.running import caller_of
 from service.api.schemas import ErrorResponse
 from service.broker.base import JobStatus
 from service.errors import Conflict, InvalidRequest
@@ -49,7 +48,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=ERRORS)
 @router.get("", response_model=JobList, summary="The caller's jobs")
 async def jobs(context: ContextDependency, limit: Annotated[int, Query(ge=1, le=MOST_JOBS)] = 20) -> JobList:
     """Those that were asked for with `Prefer: respond-async`, as streams, or with an Idempotency-Key; no results."""
-    found = await context.broker.jobs(caller_of(context), limit)
+    found = await context.broker.jobs(context.caller.name, limit)
     return JobList(data=[document_of(status) for status in found])
 
 
@@ -65,7 +64,7 @@ async def job(job_id: str, context: ContextDependency, wait: Annotated[float, Qu
         raise InvalidRequest(f"wait: got {wait:g}, allowed are 0 to {allowed} seconds", param="wait")
     result: JobResult | None = None
     if wait and status.state not in FINAL:
-        status, result = await ended_within(context, job_id, wait)
+        status, result = await ended_within(context, job_id, min(wait, context.timeout))
     return await _shown(context, status, result)
 
 

@@ -32,10 +32,15 @@ class Wishes:
 
     mode: Mode = Mode.SYNC
     asynchronous: bool = False
-    """Whether the job is to outlive the connection."""
+    """Whether ``respond-async`` is preferred."""
     wait: int | None = None
     """Seconds that an asynchronous request waits for the answer itself."""
     idempotency_key: str | None = None
+
+    @property
+    def outlives(self) -> bool:
+        """Whether the job goes on when the connection ends: who has a key may come back, and is to find it."""
+        return self.asynchronous or self.idempotency_key is not None
 
     @property
     def applied(self) -> str:
