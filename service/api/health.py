@@ -14,6 +14,7 @@ from service.broker.base import WorkerStatus
 from service.errors import Unavailable
 
 router = APIRouter(tags=["operations"])
+metrics_router = APIRouter(tags=["operations"])
 
 
 class Alive(BaseModel):
@@ -89,8 +90,8 @@ async def readyz(context: ContextDependency) -> JSONResponse:
     return JSONResponse(refusal.model_dump(), status_code=503, headers={"Retry-After": "2"})
 
 
-@router.head("/metrics", include_in_schema=False)
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+@metrics_router.head("/metrics", include_in_schema=False)
+@metrics_router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 async def metrics(context: ContextDependency) -> Response:
     """The figures of this process, and those of the workers, in Prometheus' text format."""
     try:

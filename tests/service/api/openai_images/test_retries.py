@@ -45,3 +45,25 @@ def test_refusals_and_losses(start: Start, models: Path) -> None:
         assert len(asked[1].result().data or []) == 1
     assert server.metric("tarflow_requests_total", outcome="worker_lost") == 1
     assert server.metric("tarflow_requests_total", outcome="ok") == 1
+
+
+def test_streams_that_do_not_end_well(start: Start, models: Path) -> None:
+    """A client that goes away takes its job with it; one that stays is told what became of it."""
+    flags = ("--max-attempts", "1", "--ready-seconds", "600", "--lease-seconds", "600")
+    server = start("--models", models, "--default-model", "tiny-cond", *flags).wait_ready()
+    worker = server.worker()
+    os.kill(worker, signal.SIGSTOP)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE) as library:
+        stream = library.images.generate(prompt="cat", stream=True)
+        wait_until(lambda: server.metric("tarflow_jobs_running") == 1, "the worker has a job")
+        stream.close()
+        wait_until(lambda: server.metric("tarflow_jobs_running") == 0, "the job is given up")
+        # The worker stands still with the first; the next is its successor's, which dies of it, too.
+        stream = library.images.generate(prompt="cat", stream=True)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: server.children() not in ([], [worker]), "there is another worker")
+        os.kill(server.worker(), signal.SIGSTOP)
+        wait_until(lambda: True, "")
+        with pytest.raises(openai.APIError) as lost:
+            list(stream)
+        assert lost.value.code == "worker_lost"
