@@ -32,8 +32,8 @@ def test_the_python_examples_work(server: ServerProcess, tmp_path: Path) -> None
         env={**os.environ, "PYTHONPATH": ""},
     )
     assert done.returncode == 0, done.stderr
-    for number in range(2):
-        assert load_image((tmp_path / f"boot-{number}.png").read_bytes()).image.size == (28, 28)
+    for name in ("boot-0", "boot-1", "coat-0", "coat-1", "coat-2", "coat-done"):
+        assert load_image((tmp_path / f"{name}.png").read_bytes()).image.size == (28, 28)
     assert "28x28 98 [7, 8]" in done.stdout
     [shown] = re.findall(r"This prints `(.*?) …`", GUIDE)
     assert shown in done.stdout

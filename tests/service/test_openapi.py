@@ -7,6 +7,7 @@ them that no answer is a 5xx, and that each has a status, content type, headers 
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ from tests.service.processes import ServerProcess
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
+SECRET = "tarflow_fuzzing"
+KEY = f'''
+[fuzzing]
+sha256 = "{hashlib.sha256(SECRET.encode()).hexdigest()}"
+scopes = ["infer", "admin", "metrics"]
+'''
 LIMITS = ("--max-images", "4", "--max-draws", "4")
 """Random requests ask for as much as they may."""
 
@@ -25,9 +32,8 @@ LIMITS = ("--max-images", "4", "--max-draws", "4")
 @pytest.fixture(scope="module")
 def fuzzed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of small models whose state may become anything."""
-    process = ServerProcess(
-        tmp_path_factory.mktemp("fuzzed") / "log", "--models", models, "--default-model", "tiny-cond", *LIMITS
-    )
+    log, flags = tmp_path_factory.mktemp("fuzzed") / "log", ("--default-model", "tiny-cond", *LIMITS)
+    process = ServerProcess(log, "--models", models, *flags, TARFLOW_KEYS_INLINE=KEY)
     try:
         yield process.wait_ready()
     finally:
@@ -38,6 +44,7 @@ def fuzzed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def test_every_answer_is_documented(fuzzed: ServerProcess, tmp_path: Path, examples: int) -> None:
     worker = fuzzed.worker()
     command = [SCHEMATHESIS, "--config-file", CONFIGURATION, "run", f"{fuzzed.url}/openapi.json", "--checks", "all"]
+    command += ["--header", f"Authorization: Bearer {SECRET}"]
     command += ["--max-examples", str(examples), "--generation-deterministic", "--continue-on-failure", "--no-color"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     print(done.stdout[-20_000:], done.stderr[-5_000:])

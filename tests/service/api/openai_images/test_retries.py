@@ -58,12 +58,15 @@ def test_streams_that_do_not_end_well(start: Start, models: Path) -> None:
         wait_until(lambda: server.metric("tarflow_jobs_running") == 1, "the worker has a job")
         stream.close()
         wait_until(lambda: server.metric("tarflow_jobs_running") == 0, "the job is given up")
-        # The worker stands still with the first; the next is its successor's, which dies of it, too.
-        stream = library.images.generate(prompt="cat", stream=True)
         os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: server.children() not in ([], [worker]), "there is another worker")
-        os.kill(server.worker(), signal.SIGSTOP)
-        wait_until(lambda: True, "")
+        wait_until(lambda: server.children() not in ([], [worker]), "it has a successor")
+        wait_until(lambda: len(server.get("/readyz").json()["workers"]) == 1, "the successor is ready")
+        os.kill(worker := server.worker(), signal.SIGSTOP)
+        stream = library.images.generate(prompt="cat", stream=True)
+        wait_until(lambda: server.metric("tarflow_jobs_running") == 1, "the worker has a job")
+        os.kill(worker, signal.SIGKILL)
         with pytest.raises(openai.APIError) as lost:
             list(stream)
         assert lost.value.code == "worker_lost"
+    assert server.metric("tarflow_requests_total", outcome="worker_lost") == 1
+    assert server.metric("tarflow_requests_total", outcome="ok") == 0
