@@ -19,10 +19,10 @@ from tests.service.processes import ServerProcess
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
-SECRET = "tarflow_fuzzing"
-KEY = f'''
+KEY = "tarflow_fuzzing"
+KEYS = f'''
 [fuzzing]
-sha256 = "{hashlib.sha256(SECRET.encode()).hexdigest()}"
+sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"
 scopes = ["infer", "admin", "metrics"]
 '''
 LIMITS = ("--max-images", "4", "--max-draws", "4")
@@ -33,7 +33,7 @@ LIMITS = ("--max-images", "4", "--max-draws", "4")
 def fuzzed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of small models whose state may become anything."""
     log, flags = tmp_path_factory.mktemp("fuzzed") / "log", ("--default-model", "tiny-cond", *LIMITS)
-    process = ServerProcess(log, "--models", models, *flags, TARFLOW_KEYS_INLINE=KEY)
+    process = ServerProcess(log, "--models", models, *flags, TARFLOW_KEYS_INLINE=KEYS)
     try:
         yield process.wait_ready()
     finally:
@@ -44,7 +44,7 @@ def fuzzed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def test_every_answer_is_documented(fuzzed: ServerProcess, tmp_path: Path, examples: int) -> None:
     worker = fuzzed.worker()
     command = [SCHEMATHESIS, "--config-file", CONFIGURATION, "run", f"{fuzzed.url}/openapi.json", "--checks", "all"]
-    command += ["--header", f"Authorization: Bearer {SECRET}"]
+    command += ["--header", f"Authorization: Bearer {KEY}"]
     command += ["--max-examples", str(examples), "--generation-deterministic", "--continue-on-failure", "--no-color"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     print(done.stdout[-20_000:], done.stderr[-5_000:])

@@ -27,7 +27,7 @@ from service.api.jobs.keeping import drain_of
 from service.api.recipes.stored import stored_answer
 from service.api.running import disconnected
 from service.broker.base import Event
-from service.errors import ServiceError
+from service.errors import Canceled, ServiceError
 from service.jobs import JobState
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -66,6 +66,7 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(work, gone, over, return_exceptions=True)
             if self._cancels and not is_done and not leaving.is_set():
+                self._context.request.state.error = Canceled("the client went away")
                 await given_up(self._context, self._job_id)
         if is_done:
             work.result()

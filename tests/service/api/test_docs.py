@@ -29,7 +29,7 @@ def _examples(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def test_every_example_works(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
-    examples = list(_examples(document))
+    examples = [(path, body) for path, body in _examples(document) if path.startswith("/v1/")]
     paths = document["paths"].items()
     posts = {path for path, operations in paths if "post" in operations and path.startswith("/v1/")}
     operations = {"/v1/sample", "/v1/score", "/v1/classify", "/v1/encode", "/v1/decode", "/v1/denoise"}
