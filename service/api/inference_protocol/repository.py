@@ -19,8 +19,8 @@ from service.broker.base import WorkerStatus
 from service.errors import Forbidden, InvalidRequest, MalformedRequest, TimedOut, Unavailable
 
 POLL_SECONDS = 0.02
-READY, LOADING, FAILED = "ready", "loading", "failed"
-STATES: dict[str, State] = {READY: "READY", LOADING: "LOADING", "unloading": "UNLOADING"}
+READY = "ready"
+STATES: dict[str, State] = {READY: "READY", "loading": "LOADING", "unloading": "UNLOADING"}
 
 router = APIRouter(prefix="/v2/repository", include_in_schema=False)
 
@@ -79,20 +79,14 @@ async def load(model_name: str, request: Request, context: ContextDependency) ->
             "directory",
             param="parameters",
         )
-    before = {worker.info.id: _standing(worker, model_name) for worker in await context.broker.workers()}
+    before = {worker.info.id: worker.info.loads.get(model_name, 0) for worker in await context.broker.workers()}
     await tell(context, "load", model_name)
-    begun: set[str] = set()
 
-    def is_loaded(worker: WorkerStatus) -> bool:
-        state, version = _standing(worker, model_name)
-        is_final = state == READY or state.startswith(FAILED)
-        # An order is taken with the next heartbeat; until then all is as it was before.
-        if state == LOADING or (is_final and (state, version) != before[worker.info.id]):
-            begun.add(worker.info.id)
-        return is_final and worker.info.id in begun
+    def is_done(worker: WorkerStatus) -> bool:
+        return worker.info.loads.get(model_name, 0) > before[worker.info.id]
 
-    told = await _until(context, model_name, before, is_loaded, "is not loaded yet")
-    failed = [state for state, _ in (_standing(worker, model_name) for worker in told) if state != READY]
+    told = await _until(context, model_name, before, is_done, "is not loaded yet")
+    failed = [state for state in (worker.info.states.get(model_name, "") for worker in told) if state != READY]
     if failed:
         raise InvalidRequest(f"model {model_name!r} cannot be loaded; {failed[0]}", param="model", code="load_failed")
     return {"name": model_name, "load": True}
@@ -114,7 +108,7 @@ async def unload(model_name: str, request: Request, context: ContextDependency) 
     await tell(context, "unload", model.name)
 
     def is_gone(worker: WorkerStatus) -> bool:
-        return model.name not in {each.name for each in worker.info.models}
+        return not _serves(worker, model.name)
 
     await _until(context, model.name, before, is_gone, "is not unloaded yet")
     return {"name": model.name, "unload": True}
@@ -132,10 +126,8 @@ def _check(context: Context, name: str) -> None:
         raise InvalidRequest(f"model: got {name[:100]!r}, allowed is {NAMES}{hint}", param="model")
 
 
-def _standing(worker: WorkerStatus, name: str) -> tuple[str, str | None]:
-    """A model's state and hash at a worker."""
-    hashes = {model.name: model.model_id for model in worker.info.models}
-    return worker.info.states.get(name, ""), hashes.get(name)
+def _serves(worker: WorkerStatus, name: str) -> bool:
+    return any(model.name == name for model in worker.info.models)
 
 
 async def _until(
@@ -153,10 +145,9 @@ async def _until(
                 told = [worker for worker in workers if worker.info.id in ids]
                 if not told:
                     raise Unavailable("the workers that were told have left", retry_after=2)
-                # Every one is asked, so that each is seen on its way.
-                done = [is_done(worker) for worker in told]
-                is_served = any(_standing(worker, name)[1] is not None for worker in workers)
-                if all(done) and is_served == (name in {model.name for model in await context.broker.models()}):
+                is_served = any(_serves(worker, name) for worker in workers)
+                known = {model.name for model in await context.broker.models()}
+                if all(map(is_done, told)) and is_served == (name in known):
                     return told
                 await asyncio.sleep(POLL_SECONDS)
     except TimeoutError:

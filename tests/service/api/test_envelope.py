@@ -40,7 +40,7 @@ def test_what_the_framework_refuses(client: httpx.Client, path: str) -> None:
     wrong = client.request("PUT", path, follow_redirects=True)
     assert wrong.status_code in (404, 405)
     check(wrong, path)
-    check(client.request("BREW", path, follow_redirects=True), path)
+    check(client.request("PATCH", path, follow_redirects=True), path)
 
 
 @pytest.mark.parametrize("path", ["/v2/models/tiny-vp/infer", "/v1/sample"])
@@ -51,7 +51,7 @@ def test_bodies_that_are_no_requests(client: httpx.Client, path: str, content: b
     check(response, path)
 
 
-@pytest.mark.parametrize("name", ["%ED%A0%80", "a%0Ab", "%00", "..", "a" * 500, "tiny-vp%3Anothing", "%E2%82%AC"])
+@pytest.mark.parametrize("name", ["%ED%A0%80", "a%0Ab", "%00", "a" * 500, "tiny-vp%3Anothing", "%E2%82%AC"])
 def test_names_that_are_none(client: httpx.Client, name: str) -> None:
     for method, path in (("GET", ""), ("GET", "/ready"), ("GET", "/config"), ("POST", "/infer")):
         response = client.request(method, f"/v2/models/{name}{path}", json=None if method == "GET" else SEED)
