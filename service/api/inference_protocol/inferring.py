@@ -67,7 +67,7 @@ async def infer(
     _check_model(asked, model_name)
     _check_inputs(asked, function.inputs(model))
     wanted = _wanted(asked, function.outputs(model))
-    timeout, asked = _timeout(asked, context.settings.request_timeout)
+    timeout, asked = _timeout(asked, context.timeout)
     call = Call(context=context, model=model, request=asked, wanted=frozenset(spec.name for spec, _ in wanted))
     try:
         async with asyncio.timeout(timeout):

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from model.bundle import NAMES, is_name
+from service.access.caller import Scope
 from service.api.administering import tell
 from service.api.context import Context, ContextDependency
 from service.api.inference_protocol.describing import VERSION
@@ -23,6 +24,7 @@ READY = "ready"
 STATES: dict[str, State] = {READY: "READY", "loading": "LOADING", "unloading": "UNLOADING"}
 
 router = APIRouter(prefix="/v2/repository", include_in_schema=False)
+changes_router = APIRouter(prefix="/v2/repository/models", include_in_schema=False)
 
 
 async def _document(request: Request, allowed: Collection[str]) -> dict[str, Any]:
@@ -44,6 +46,7 @@ async def _document(request: Request, allowed: Collection[str]) -> dict[str, Any
 async def index(request: Request, context: ContextDependency) -> list[IndexEntry]:
     """Every model and function, and where it stands; with ``{"ready": true}`` only what can be used."""
     document = await _document(request, ("ready",))
+    is_operator = context.settings.administers and Scope.ADMIN in context.caller.scopes
     states: dict[str, State] = {}
     reasons: dict[str, str] = {}
     for worker in await context.broker.workers():
@@ -56,16 +59,14 @@ async def index(request: Request, context: ContextDependency) -> list[IndexEntry
         states[model.name] = "READY"
     return [
         # Reasons tell of directories, which is the operators' business.
-        IndexEntry(
-            name=each, version=VERSION, state=state, reason=reasons.get(name, "") if context.settings.admin else ""
-        )
+        IndexEntry(name=each, version=VERSION, state=state, reason=reasons.get(name, "") if is_operator else "")
         for name, state in sorted(states.items())
         if state == "READY" or document.get("ready") is not True
         for each in model_names(name)
     ]
 
 
-@router.post("/models/{model_name}/load")
+@changes_router.post("/{model_name}/load")
 async def load(model_name: str, request: Request, context: ContextDependency) -> dict[str, Any]:
     """Load a bundle from the workers' directory of models; the answer comes when it is warm, or why it cannot be.
 
@@ -92,7 +93,7 @@ async def load(model_name: str, request: Request, context: ContextDependency) ->
     return {"name": model_name, "load": True}
 
 
-@router.post("/models/{model_name}/unload")
+@changes_router.post("/{model_name}/unload")
 async def unload(model_name: str, request: Request, context: ContextDependency) -> dict[str, Any]:
     """Unload a model, its functions with it; the answer comes when no new request reaches it.
 
@@ -115,7 +116,7 @@ async def unload(model_name: str, request: Request, context: ContextDependency) 
 
 
 def _check(context: Context, name: str) -> None:
-    if not context.settings.admin:
+    if not context.settings.administers:
         raise Forbidden(
             "models cannot be loaded or unloaded here; the service's setting 'admin' allows it (tarflow serve --admin "
             "true)",
@@ -137,7 +138,7 @@ async def _until(
 
     What requests find of models may be a moment behind the workers, so the wait is for both.
     """
-    timeout = context.settings.request_timeout
+    timeout = context.timeout
     try:
         async with asyncio.timeout(timeout):
             while True:
