@@ -62,7 +62,8 @@ Images from TarFlow normalizing flows, and exactly how likely an image is.
 Draw images with **/v1/sample**, score uploads with **/v1/score**, and ask it whether they are normal, ask which class
 they are of with **/v1/classify**, go to latents and back with **/v1/encode** and **/v1/decode**, clean noisy images
 with **/v1/denoise**. Say what is normal with **/v1/calibrations**. Every error is
-`{"error": {"message", "type", "param", "code"}}`.
+`{"error": {"message", "type", "param", "code"}}`. Clients of Triton and KServe find the same under **/v2**, where it is
+`{"error": "message"}`.
 """
 
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from service.broker.memory import MemoryBroker
+from service.jobs import WorkerInfo
 from tests.service.test_app import SMALL, Broken, connect, make
 
 TEXT = ("/v2", "/v2/", "/v2/models/tiny-vp/infer", "/v2/nothing", "/v2/models/tiny-vp/nothing", "/v2/models/tiny-vp/")
@@ -123,6 +124,19 @@ async def test_readiness_is_that_of_readyz(models: Path) -> None:
         app.state.drain.begin()
         response = await client.get("/v2/models/tiny-vp/ready")
         assert (response.status_code, response.json()) == (503, {"error": "the service is shutting down"})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("admin", [False, True])
+async def test_only_operators_see_why_a_model_is_not_there(models: Path, admin: bool) -> None:
+    app = make(models, admin=admin)
+    states = {"broken": "failed: /some/directory is damaged", "new": "loading"}
+    app.state.broker.register(WorkerInfo(id="other", device="cpu", models=(), states=states))
+    async with connect(app) as client:
+        index = (await client.post("/v2/repository/index")).json()
+    found = {entry["name"]: (entry["state"], entry["reason"]) for entry in index}
+    assert found["broken:sample"] == ("UNAVAILABLE", states["broken"] if admin else "")
+    assert (found["new"], found["tiny-vp"]) == (("LOADING", ""), ("READY", ""))
 
 
 @pytest.mark.anyio
