@@ -20,7 +20,7 @@ from service.access.rates import Rates
 from service.api import administering, calibrating, classifying, docs, envelope, health, models, sampling, scoring
 from service.api.door import Door
 from service.api.entrance import Entrance
-from service.api.inference_protocol.routes import router as inference_protocol
+from service.api.inference_protocol.routes import PARTS as INFERENCE_PROTOCOL
 from service.api.jobs import routes as jobs
 from service.api.observing import BodyLimit, BodyLimits, Observing
 from service.api.openai_images import generating
@@ -47,7 +47,7 @@ PARTS: tuple[Part, ...] = (
     (jobs.router, Scope.INFER),
     (models.router, Scope.INFER),
     (generating.router, Scope.INFER),
-    (inference_protocol, Scope.INFER),
+    *INFERENCE_PROTOCOL,
     *OPERATIONS,
     (docs.router, None),
 )
@@ -64,6 +64,7 @@ EXPOSED = (
     ),
     *("x-ratelimit-reset-requests", "x-tarflow-model", "x-tarflow-job", "x-tarflow-seed", "x-tarflow-plan"),
     *("x-tarflow-backward-error", "x-tarflow-certified", "x-tarflow-warnings", "x-tarflow-verdicts"),
+    "inference-header-content-length",
 )
 """Headers of answers that scripts of other origins may read."""
 DESCRIPTION = """
@@ -72,7 +73,8 @@ Images from TarFlow normalizing flows, and exactly how likely an image is.
 Draw images with **/v1/sample**, score uploads with **/v1/score**, and ask it whether they are normal, ask which class
 they are of with **/v1/classify**, go to latents and back with **/v1/encode** and **/v1/decode**, clean noisy images
 with **/v1/denoise**. Say what is normal with **/v1/calibrations**. Every error is
-`{"error": {"message", "type", "param", "code"}}`.
+`{"error": {"message", "type", "param", "code"}}`. Clients of Triton and KServe find the same under **/v2**, where it is
+`{"error": "message"}`.
 """
 
 

@@ -211,10 +211,17 @@ class WorkerInfo:
     models: tuple[ModelInfo, ...]
     states: Mapping[str, str] = field(default_factory=dict)
     """Where every model stands by name: loading, ready, unloading, or failed and why."""
+    loads: Mapping[str, int] = field(default_factory=dict)
+    """Orders to load a model that came to an end, well or not; tells whether a state is from before an order."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for a message."""
-        return {**vars(self), "models": [m.to_wire() for m in self.models], "states": dict(self.states)}
+        return {
+            **vars(self),
+            "models": [m.to_wire() for m in self.models],
+            "states": dict(self.states),
+            "loads": dict(self.loads),
+        }
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> WorkerInfo:

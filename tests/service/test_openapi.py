@@ -40,7 +40,7 @@ def fuzzed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         process.kill()
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [10, pytest.param(50, marks=pytest.mark.long)])
 def test_every_answer_is_documented(fuzzed: ServerProcess, tmp_path: Path, examples: int) -> None:
     worker = fuzzed.worker()
     command = [SCHEMATHESIS, "--config-file", CONFIGURATION, "run", f"{fuzzed.url}/openapi.json", "--checks", "all"]

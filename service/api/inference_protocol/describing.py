@@ -37,6 +37,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 RETRY_AFTER_SECONDS = 2.0
 
 router = APIRouter(prefix="/v2", tags=["inference protocol"], responses=ERRORS)
+health_router = APIRouter(prefix="/v2/health", tags=["inference protocol"], responses=ERRORS)
+"""What is open to orchestrators, as /readyz is."""
 
 
 async def find(context: Context, name: str, version: str | None = None) -> tuple[ModelInfo, Function]:
@@ -59,7 +61,7 @@ async def server(request: Request) -> ServerMetadata:
     return ServerMetadata(name="tarflow", version=request.app.version, extensions=EXTENSIONS)
 
 
-@router.get("/health/live", summary="Is the process alive?", response_model=Live)
+@health_router.get("/live", summary="Is the process alive?", response_model=Live)
 async def live() -> Live:
     """200 as long as the process answers."""
     return Live()
@@ -77,7 +79,7 @@ async def _serving(context: Context) -> set[str]:
     return {model.name for worker in workers for model in worker.info.models}
 
 
-@router.get("/health/ready", summary="Can requests be served?", response_model=Ready)
+@health_router.get("/ready", summary="Can requests be served?", response_model=Ready)
 async def ready(context: ContextDependency) -> Ready:
     """200 when a worker has loaded and warmed up its models and its inference loop is running; 503 when none has."""
     await _serving(context)

@@ -26,9 +26,26 @@ LONGEST_TIMEOUT = 2**53
 router = APIRouter(prefix="/v2", tags=["inference protocol"], responses=ERRORS)
 
 
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with what it refers to in its place: in OpenAPI's document its own definitions are out of reach."""
+    definitions = schema.pop("$defs")
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolved(inner) for inner in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return resolved(definitions[value["$ref"].rpartition("/")[2]])
+        return {name: resolved(inner) for name, inner in value.items()}
+
+    inlined: dict[str, Any] = resolved(schema)
+    return inlined
+
+
 def _documented() -> dict[str, Any]:
     """OpenAPI's description of the body, which is parsed by hand: its length is not told by its type."""
-    schema = InferenceRequestBody.model_json_schema()
+    schema = _inlined(InferenceRequestBody.model_json_schema())
     content = {
         "application/json": {"schema": schema},
         "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
@@ -67,7 +84,7 @@ async def infer(
     _check_model(asked, model_name)
     _check_inputs(asked, function.inputs(model))
     wanted = _wanted(asked, function.outputs(model))
-    timeout, asked = _timeout(asked, context.settings.request_timeout)
+    timeout, asked = _timeout(asked, context.timeout)
     call = Call(context=context, model=model, request=asked, wanted=frozenset(spec.name for spec, _ in wanted))
     try:
         async with asyncio.timeout(timeout):

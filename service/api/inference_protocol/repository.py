@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from model.bundle import NAMES, is_name
+from service.access.caller import Scope
 from service.api.administering import tell
 from service.api.context import Context, ContextDependency
 from service.api.inference_protocol.describing import VERSION
@@ -19,10 +20,11 @@ from service.broker.base import WorkerStatus
 from service.errors import Forbidden, InvalidRequest, MalformedRequest, TimedOut, Unavailable
 
 POLL_SECONDS = 0.02
-READY, LOADING, FAILED = "ready", "loading", "failed"
-STATES: dict[str, State] = {READY: "READY", LOADING: "LOADING", "unloading": "UNLOADING"}
+READY = "ready"
+STATES: dict[str, State] = {READY: "READY", "loading": "LOADING", "unloading": "UNLOADING"}
 
 router = APIRouter(prefix="/v2/repository", include_in_schema=False)
+changes_router = APIRouter(prefix="/v2/repository/models", include_in_schema=False)
 
 
 async def _document(request: Request, allowed: Collection[str]) -> dict[str, Any]:
@@ -44,6 +46,7 @@ async def _document(request: Request, allowed: Collection[str]) -> dict[str, Any
 async def index(request: Request, context: ContextDependency) -> list[IndexEntry]:
     """Every model and function, and where it stands; with ``{"ready": true}`` only what can be used."""
     document = await _document(request, ("ready",))
+    is_operator = context.settings.administers and Scope.ADMIN in context.caller.scopes
     states: dict[str, State] = {}
     reasons: dict[str, str] = {}
     for worker in await context.broker.workers():
@@ -56,16 +59,14 @@ async def index(request: Request, context: ContextDependency) -> list[IndexEntry
         states[model.name] = "READY"
     return [
         # Reasons tell of directories, which is the operators' business.
-        IndexEntry(
-            name=each, version=VERSION, state=state, reason=reasons.get(name, "") if context.settings.admin else ""
-        )
+        IndexEntry(name=each, version=VERSION, state=state, reason=reasons.get(name, "") if is_operator else "")
         for name, state in sorted(states.items())
         if state == "READY" or document.get("ready") is not True
         for each in model_names(name)
     ]
 
 
-@router.post("/models/{model_name}/load")
+@changes_router.post("/{model_name}/load")
 async def load(model_name: str, request: Request, context: ContextDependency) -> dict[str, Any]:
     """Load a bundle from the workers' directory of models; the answer comes when it is warm, or why it cannot be.
 
@@ -79,26 +80,20 @@ async def load(model_name: str, request: Request, context: ContextDependency) ->
             "directory",
             param="parameters",
         )
-    before = {worker.info.id: _standing(worker, model_name) for worker in await context.broker.workers()}
+    before = {worker.info.id: worker.info.loads.get(model_name, 0) for worker in await context.broker.workers()}
     await tell(context, "load", model_name)
-    begun: set[str] = set()
 
-    def is_loaded(worker: WorkerStatus) -> bool:
-        state, version = _standing(worker, model_name)
-        is_final = state == READY or state.startswith(FAILED)
-        # An order is taken with the next heartbeat; until then all is as it was before.
-        if state == LOADING or (is_final and (state, version) != before[worker.info.id]):
-            begun.add(worker.info.id)
-        return is_final and worker.info.id in begun
+    def is_done(worker: WorkerStatus) -> bool:
+        return worker.info.loads.get(model_name, 0) > before[worker.info.id]
 
-    told = await _until(context, model_name, before, is_loaded, "is not loaded yet")
-    failed = [state for state, _ in (_standing(worker, model_name) for worker in told) if state != READY]
+    told = await _until(context, model_name, before, is_done, "is not loaded yet")
+    failed = [state for state in (worker.info.states.get(model_name, "") for worker in told) if state != READY]
     if failed:
         raise InvalidRequest(f"model {model_name!r} cannot be loaded; {failed[0]}", param="model", code="load_failed")
     return {"name": model_name, "load": True}
 
 
-@router.post("/models/{model_name}/unload")
+@changes_router.post("/{model_name}/unload")
 async def unload(model_name: str, request: Request, context: ContextDependency) -> dict[str, Any]:
     """Unload a model, its functions with it; the answer comes when no new request reaches it.
 
@@ -114,14 +109,14 @@ async def unload(model_name: str, request: Request, context: ContextDependency) 
     await tell(context, "unload", model.name)
 
     def is_gone(worker: WorkerStatus) -> bool:
-        return model.name not in {each.name for each in worker.info.models}
+        return not _serves(worker, model.name)
 
     await _until(context, model.name, before, is_gone, "is not unloaded yet")
     return {"name": model.name, "unload": True}
 
 
 def _check(context: Context, name: str) -> None:
-    if not context.settings.admin:
+    if not context.settings.administers:
         raise Forbidden(
             "models cannot be loaded or unloaded here; the service's setting 'admin' allows it (tarflow serve --admin "
             "true)",
@@ -132,10 +127,8 @@ def _check(context: Context, name: str) -> None:
         raise InvalidRequest(f"model: got {name[:100]!r}, allowed is {NAMES}{hint}", param="model")
 
 
-def _standing(worker: WorkerStatus, name: str) -> tuple[str, str | None]:
-    """A model's state and hash at a worker."""
-    hashes = {model.name: model.model_id for model in worker.info.models}
-    return worker.info.states.get(name, ""), hashes.get(name)
+def _serves(worker: WorkerStatus, name: str) -> bool:
+    return any(model.name == name for model in worker.info.models)
 
 
 async def _until(
@@ -145,7 +138,7 @@ async def _until(
 
     What requests find of models may be a moment behind the workers, so the wait is for both.
     """
-    timeout = context.settings.request_timeout
+    timeout = context.timeout
     try:
         async with asyncio.timeout(timeout):
             while True:
@@ -153,10 +146,9 @@ async def _until(
                 told = [worker for worker in workers if worker.info.id in ids]
                 if not told:
                     raise Unavailable("the workers that were told have left", retry_after=2)
-                # Every one is asked, so that each is seen on its way.
-                done = [is_done(worker) for worker in told]
-                is_served = any(_standing(worker, name)[1] is not None for worker in workers)
-                if all(done) and is_served == (name in {model.name for model in await context.broker.models()}):
+                is_served = any(_serves(worker, name) for worker in workers)
+                known = {model.name for model in await context.broker.models()}
+                if all(map(is_done, told)) and is_served == (name in known):
                     return told
                 await asyncio.sleep(POLL_SECONDS)
     except TimeoutError:

@@ -1,11 +1,15 @@
-"""Everything under /v2."""
+"""Everything under /v2, and what a key needs for it."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-
+from service.access.caller import Scope
 from service.api.inference_protocol import describing, inferring, repository
+from service.api.scopes import Part
 
-router = APIRouter()
-for part in (describing, inferring, repository):
-    router.include_router(part.router)
+PARTS: tuple[Part, ...] = (
+    (describing.health_router, None),
+    (describing.router, Scope.INFER),
+    (inferring.router, Scope.INFER),
+    (repository.router, Scope.INFER),
+    (repository.changes_router, Scope.ADMIN),
+)

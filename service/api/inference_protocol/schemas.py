@@ -15,6 +15,12 @@ class _Open(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
+class _Strict(BaseModel):
+    """Unknown fields are refused."""
+
+    model_config = ConfigDict(protected_namespaces=(), extra="forbid")
+
+
 class ErrorText(_Open):
     """The envelope of every error under /v2."""
 
@@ -66,7 +72,7 @@ class ModelMetadata(_Open):
     outputs: list[TensorMetadata]
 
 
-class InputTensor(_Open):
+class InputTensor(_Strict):
     """An input: data, or binary_data_size bytes behind the JSON."""
 
     name: str
@@ -76,14 +82,14 @@ class InputTensor(_Open):
     data: list[Any] | None = None
 
 
-class RequestedOutput(_Open):
+class RequestedOutput(_Strict):
     """An output that is asked for."""
 
     name: str
     parameters: dict[str, Any] | None = Field(None, description="binary_data: whether its values shall be binary.")
 
 
-class InferenceRequestBody(_Open):
+class InferenceRequestBody(_Strict):
     """What a client asks of a model."""
 
     model_config = ConfigDict(
@@ -92,7 +98,9 @@ class InferenceRequestBody(_Open):
         }
     )
 
-    id: str | None = None
+    id: str | None = Field(None, max_length=1000, description="Comes back with the answer.")
+    model_name: str | None = Field(None, description="The model of the path, where a client names it twice.")
+    model_version: str | None = None
     parameters: dict[str, Any] | None = None
     inputs: list[InputTensor]
     outputs: list[RequestedOutput] | None = Field(None, description="All that there are, where it is left out.")

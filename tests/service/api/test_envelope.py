@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from service.broker.memory import MemoryBroker
+from service.jobs import WorkerInfo
 from tests.service.test_app import SMALL, Broken, connect, make
 
 TEXT = ("/v2", "/v2/", "/v2/models/tiny-vp/infer", "/v2/nothing", "/v2/models/tiny-vp/nothing", "/v2/models/tiny-vp/")
@@ -40,7 +41,7 @@ def test_what_the_framework_refuses(client: httpx.Client, path: str) -> None:
     wrong = client.request("PUT", path, follow_redirects=True)
     assert wrong.status_code in (404, 405)
     check(wrong, path)
-    check(client.request("BREW", path, follow_redirects=True), path)
+    check(client.request("PATCH", path, follow_redirects=True), path)
 
 
 @pytest.mark.parametrize("path", ["/v2/models/tiny-vp/infer", "/v1/sample"])
@@ -51,7 +52,7 @@ def test_bodies_that_are_no_requests(client: httpx.Client, path: str, content: b
     check(response, path)
 
 
-@pytest.mark.parametrize("name", ["%ED%A0%80", "a%0Ab", "%00", "..", "a" * 500, "tiny-vp%3Anothing", "%E2%82%AC"])
+@pytest.mark.parametrize("name", ["%ED%A0%80", "a%0Ab", "%00", "a" * 500, "tiny-vp%3Anothing", "%E2%82%AC"])
 def test_names_that_are_none(client: httpx.Client, name: str) -> None:
     for method, path in (("GET", ""), ("GET", "/ready"), ("GET", "/config"), ("POST", "/infer")):
         response = client.request(method, f"/v2/models/{name}{path}", json=None if method == "GET" else SEED)
@@ -123,6 +124,19 @@ async def test_readiness_is_that_of_readyz(models: Path) -> None:
         app.state.drain.begin()
         response = await client.get("/v2/models/tiny-vp/ready")
         assert (response.status_code, response.json()) == (503, {"error": "the service is shutting down"})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("admin", [False, True])
+async def test_only_operators_see_why_a_model_is_not_there(models: Path, admin: bool) -> None:
+    app = make(models, admin=admin)
+    states = {"broken": "failed: /some/directory is damaged", "new": "loading"}
+    app.state.broker.register(WorkerInfo(id="other", device="cpu", models=(), states=states))
+    async with connect(app) as client:
+        index = (await client.post("/v2/repository/index")).json()
+    found = {entry["name"]: (entry["state"], entry["reason"]) for entry in index}
+    assert found["broken:sample"] == ("UNAVAILABLE", states["broken"] if admin else "")
+    assert (found["new"], found["tiny-vp"]) == (("LOADING", ""), ("READY", ""))
 
 
 @pytest.mark.anyio
