@@ -108,7 +108,7 @@ def usage_of(model: ModelInfo, images: Sequence[ImageResult]) -> Usage:
 def ignored(body: GenerationRequest) -> list[Notice]:
     """What the request has that nobody here knows: tolerated, since clients send what other services want."""
     return [
-        Notice(code="unknown_field", message=f"{name[:100]}: ignored; there is no such field here")
+        Notice(code="unknown_field", message=f"{name[:100]!r}: ignored; there is no such field here")
         for name, value in list((body.model_extra or {}).items())[:MOST_WARNINGS]
         if value is not None
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import anyio.to_thread
@@ -36,7 +36,7 @@ class GenerationStream(EventStream):
         if event.kind == JobState.COMPLETED:
             result = await self._context.broker.result(self._job_id)
             if result is None:
-                raise Unavailable("the queue lost this image; ask for it again", code="broker_unreachable")
+                return self._failed(Unavailable("the queue lost this image; ask again", code="broker_unreachable"))
             done = await self._finish(result)
             return format_sse_event(event=done.type, data_str=done.model_dump_json(by_alias=True))
         if event.final:
@@ -48,7 +48,7 @@ class GenerationStream(EventStream):
             return format_sse_event(event=partial.type, data_str=partial.model_dump_json())
         return b""
 
-    async def _partial(self, data: Any) -> PartialImageEvent:
+    async def _partial(self, data: Mapping[str, Any]) -> PartialImageEvent:
         file_format = self._body.output_format or "png"
         pixels, quality = data["pixels"][0], self._body.output_compression
         image = await anyio.to_thread.run_sync(encode_image, pixels, file_format, quality)

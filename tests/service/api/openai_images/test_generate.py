@@ -152,6 +152,14 @@ def test_what_is_no_request_at_all(client: httpx.Client, content: bytes) -> None
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
+def test_a_field_of_any_name_is_tolerated(client: httpx.Client) -> None:
+    content = b'{"prompt": "cat", "model": "tiny-cond", "\\ud800": 1, "\\u0000": [], "class": "dog"}'
+    answer = client.post("/v1/images/generations", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["warnings"]) == 3
+    assert answer.json()["data"][0]["class"] == "cat"
+
+
 def test_an_unknown_model_is_not_found(library: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'gpt-image-1', served are 'fashion-mnist'") as caught:
         library.images.generate(prompt="cat", model="gpt-image-1")
