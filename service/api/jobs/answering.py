@@ -23,10 +23,11 @@ from service.jobs import FINAL, JobResult, JobState
 EVENTS: dict[str, Any] = {EVENT_STREAM: {}}
 """What is added to an operation's contents in the documentation."""
 HOW: dict[int | str, dict[str, Any]] = {
+    200: {"content": EVENTS},
     202: {
         "model": JobDocument,
         "description": "With `Prefer: respond-async`: the job goes on, and is at the address in the header Location",
-    }
+    },
 }
 """What is added to an operation's answers in the documentation."""
 RETRY_AFTER_SECONDS = 2.0
