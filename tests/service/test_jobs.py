@@ -17,7 +17,7 @@ import pytest
 
 from tests.service.api.test_jobs import accepted, ended, kinds
 from tests.service.conftest import Start
-from tests.service.events import EVENTS, Heard, parsed
+from tests.service.events import EVENTS, Heard, parsed, told
 from tests.service.pictures import answered
 from tests.service.processes import ServerProcess, wait_until
 
@@ -185,6 +185,40 @@ def test_a_canceled_job_frees_its_key(patient: ServerProcess) -> None:
         again = accepted(client, "/v1/sample", BODY, **{KEY: "canceled"})
         assert again["id"] != first["id"]
         client.delete(again["links"]["self"])
+
+
+def test_a_stream_ends_with_the_time_for_its_request(patient: ServerProcess) -> None:
+    with patient.client() as client, stopped(patient):
+        headers = {**EVENTS, "X-Request-Timeout": "0.2"}
+        last = told(client.post("/v1/sample", json=BODY, headers=headers))[-1]
+        assert (last.kind, last.data["error"]["code"]) == ("failed", "timeout")
+
+
+def test_with_a_key_work_goes_on_when_the_time_is_over(patient: ServerProcess) -> None:
+    with patient.client() as client:
+        before = listed(client)
+        with stopped(patient):
+            late = client.post("/v1/sample", json=BODY, headers={KEY: "late", "X-Request-Timeout": "0.2"})
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+            assert "the same Idempotency-Key" in late.json()["error"]["message"]
+        [job_id] = set(listed(client)) - set(before)
+        assert ended(client, job_id)["state"] == "completed"
+        again = client.post("/v1/sample", json=BODY, headers={KEY: "late"})
+        assert again.json()["id"] == job_id
+
+
+def test_who_follows_hears_that_a_worker_was_lost(patient: ServerProcess) -> None:
+    with patient.client() as client:
+        job = accepted(client, "/v1/sample", {**BODY, "num_images": 64, "guidance_scale": 2.0, "previews": 1})
+        wait_until(lambda: client.get(job["links"]["self"]).json()["progress"] > 0, "it has begun")
+        os.kill(patient.worker(), signal.SIGKILL)
+        assert ended(client, job["id"])["state"] == "completed"
+        events = [event for event in told(client.get(job["links"]["events"])) if event.kind != "progress"]
+        assert [event.kind for event in events if event.kind != "preview"] == [
+            *("queued", "started", "requeued", "started", "completed")
+        ]
+        assert [event.data["attempt"] for event in events if event.kind == "started"] == [1, 2]
+    patient.wait_ready()
 
 
 def test_time_is_not_endless(start: Start) -> None:
