@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.access.caller import ANYONE, NOBODY, Caller
 from service.access.gate import Gate
 from service.api.envelope import render
+from service.api.inference_protocol.compression import unpacks
 from service.api.scopes import RouteScopes
 from service.errors import (
     FAULT,
@@ -108,7 +109,8 @@ class Entrance:
         if (sent := headers.get(b"x-request-timeout")) is not None:
             seconds = self._seconds(sent)
         state["deadline"] = asyncio.get_running_loop().time() + seconds
-        if headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):
+        packed = headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b"")
+        if packed and not unpacks(scope["path"]):
             raise MalformedRequest(
                 f"Content-Encoding: got {headers[b'content-encoding'][:100].decode('latin-1')!r}; bodies are read as "
                 "they are, send it without",

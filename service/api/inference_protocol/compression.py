@@ -10,6 +10,11 @@ _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 """zlib's name of each format; ``deflate`` is zlib's, as HTTP has it."""
 
 
+def unpacks(path: str) -> bool:
+    """Whether bodies may be compressed that are sent to a path."""
+    return path.startswith("/v2/models/") and path.endswith("/infer")
+
+
 def decompress(body: bytes, encoding: str | None, most: int) -> bytes:
     """A body without its Content-Encoding; raises where it is no such thing, or has more than ``most`` bytes.
 

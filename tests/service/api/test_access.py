@@ -29,7 +29,7 @@ from tests.service.broker.conftest import AMPLE
 from tests.service.pictures import b64, file, pixels
 
 pytestmark = pytest.mark.anyio
-OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json"}
+OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
 """All that is answered without a key. Who adds a path here says that it may be."""
 SECRETS = {str(scope): f"tarflow_secret-of-{scope}" for scope in Scope} | {
     "limited": "tarflow_secret-of-limited",
@@ -129,19 +129,23 @@ async def test_every_other_route_is_closed(metrics_port: bool) -> None:
                 assert response.status_code == 401, (method, path, headers)
                 assert response.headers["www-authenticate"] == 'Bearer realm="tarflow"'
                 assert response.headers["x-request-id"]
-                if method != "HEAD":
+                if path.startswith("/v2"):
+                    assert isinstance(response.json()["error"], str)
+                elif method != "HEAD":
                     error = response.json()["error"]
                     assert error["code"] == (
                         "missing_key" if not any(headers.values()) or "cookie" in headers else "invalid_key"
                     )
                     assert error["type"] == "authentication_error"
-                    assert SECRETS["infer"] not in response.text
+                assert SECRETS["infer"] not in response.text
             let_in = []
             for scope in Scope:
                 for headers in ({"authorization": f"bearer {SECRETS[scope]}"}, {"x-api-key": SECRETS[scope]}):
                     response = await client.request(method, path, headers=headers)
                     if response.status_code == 403:
-                        if method != "HEAD":
+                        if path.startswith("/v2"):
+                            assert f"'{scope}'" in response.json()["error"]
+                        elif method != "HEAD":
                             assert response.json()["error"]["code"] == "wrong_scope"
                             assert response.json()["error"]["type"] == "permission_error"
                             assert f"'{scope}'" in response.json()["error"]["message"]
