@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.processes import ServerProcess
+from tests.service.processes import ServerProcess, wait_until
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
@@ -40,10 +40,21 @@ def fuzzed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         process.kill()
 
 
+def _configuration(server: ServerProcess, directory: Path) -> Path:
+    """Schemathesis' configuration, with a job that is there."""
+    headers = {"authorization": f"Bearer {KEY}", "prefer": "respond-async"}
+    with server.client() as client:
+        job = client.post("/v1/sample", json={"class": "cat"}, headers=headers).json()["id"]
+        wait_until(lambda: client.get(f"/v1/jobs/{job}", headers=headers).json()["state"] == "completed", "it is done")
+    path = directory / CONFIGURATION.name
+    path.write_text(CONFIGURATION.read_text().replace("JOB", job))
+    return path
+
+
 @pytest.mark.parametrize("examples", [10, pytest.param(50, marks=pytest.mark.long)])
 def test_every_answer_is_documented(fuzzed: ServerProcess, tmp_path: Path, examples: int) -> None:
-    worker = fuzzed.worker()
-    command = [SCHEMATHESIS, "--config-file", CONFIGURATION, "run", f"{fuzzed.url}/openapi.json", "--checks", "all"]
+    worker, configuration = fuzzed.worker(), _configuration(fuzzed, tmp_path)
+    command = [SCHEMATHESIS, "--config-file", configuration, "run", f"{fuzzed.url}/openapi.json", "--checks", "all"]
     command += ["--header", f"Authorization: Bearer {KEY}"]
     command += ["--max-examples", str(examples), "--generation-deterministic", "--continue-on-failure", "--no-color"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
