@@ -33,11 +33,17 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}},
     }
 }
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}, "id": {"type": "string"}},
+    "required": ["event", "data"],
+}
+"""A server-sent event; its data is JSON."""
 STREAMS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events `queued`, `started`, `progress`, `preview`, `requeued`, and last `completed`, `failed` "
         "or `canceled`; `reconnect` when this process leaves",
-        "content": {EVENT_STREAM: {"schema": {"type": "string"}}},
+        "content": {EVENT_STREAM: {"schema": EVENT}},
     },
     204: {"description": "There is nothing behind Last-Event-ID, and never will be"},
 }
@@ -53,7 +59,9 @@ async def jobs(context: ContextDependency, limit: Annotated[int, Query(ge=1, le=
 
 
 @router.get("/{job_id}", response_model=JobDocument, responses=ANSWERS, summary="Where a job stands, and its result")
-async def job(job_id: str, context: ContextDependency, wait: Annotated[float, Query()] = 0.0) -> Response | BaseModel:
+async def job(
+    job_id: str, context: ContextDependency, wait: Annotated[float, Query(ge=0)] = 0.0
+) -> Response | BaseModel:
     """State, progress and place in the queue; the result when it is completed, as the synchronous call gives it.
 
     With `wait` the answer comes when the job has ended, or after so many seconds.
