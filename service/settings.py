@@ -102,7 +102,7 @@ class Settings(SharedSettings):
     )
     caller_share: float = Field(0.5, gt=0, le=1, description="Share of it that one named caller may have waiting.")
     request_timeout: float = Field(
-        600.0, gt=0, description="Seconds until a request is given up with 504, from its first byte."
+        600.0, gt=0, description="Seconds until a request is given up with 504, its body included."
     )
     job_timeout: float = Field(
         3600.0, gt=0, description="Seconds until an asynchronous job that has not ended is given up."

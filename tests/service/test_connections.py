@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -114,3 +115,14 @@ async def test_a_large_head_is_refused_however_it_comes(served: Served) -> None:
         answer = await read(reader, b"done")
         assert answer.startswith(b"HTTP/1.1 %s " % status) or (answer == b"" and status == b"431")
         writer.close()
+
+
+async def test_what_is_no_http_is_refused_in_the_envelope(served: Served) -> None:
+    reader, writer = await served.connect()
+    writer.write(b"\x16\x03\x01 TLS, perhaps\r\n\r\n")
+    head, _, content = (await read(reader)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nx-request-id: " in head
+    assert b"\r\nx-content-type-options: nosniff" in head
+    assert json.loads(content)["error"]["code"] == "malformed_request"
+    writer.close()
