@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,17 @@ def test_413_at_the_door(client: httpx.Client) -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"x-request-id" in head
     assert json.loads(body)["error"].startswith("the request has 999999999999999 bytes")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_small_body_that_unpacks_to_a_large_one_is_413(client: httpx.Client, encoding: str) -> None:
+    packer = zlib.compressobj(wbits=31 if encoding == "gzip" else 15)
+    bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(64)) + packer.flush()
+    assert len(bomb) < 2**17
+    response = client.post("/v2/models/tiny-vp/infer", content=bomb, headers={"content-encoding": encoding})
+    assert response.status_code == 413
+    assert "when it is unpacked" in response.json()["error"]
+    check(response, TEXT[0])
 
 
 @pytest.mark.anyio
