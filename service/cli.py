@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config import GuidanceRule, GuidanceSchedule, GuidanceTarget, Precision, Solver, SolverOptions
+from service import keys_cli
 from service.errors import ServiceError
 from service.settings import ApiSettings, ServeSettings, SharedSettings, WorkerSettings
 from training.anomaly_cli import anomaly, calibrate
@@ -34,10 +35,11 @@ app.command()(sweep)
 app.command()(tune)
 app.command()(calibrate)
 app.command()(anomaly)
+app.add_typer(keys_cli.app, name="keys")
 
 SettingsT = TypeVar("SettingsT", bound=SharedSettings)
-SECRET = ("redis",)
-"""Settings whose values may hold a password."""
+SECRET = ("redis", "keys_inline")
+"""Settings whose values may hold a secret."""
 ALSO = {"device": ("devices",)}
 """Second names of flags."""
 

@@ -17,10 +17,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from model.bundle import find_bundles
-from service.api import envelope, health
-from service.app import create_app
+from service.access.binding import check_binding
+from service.access.rates import Rates
+from service.app import OPERATIONS, create_app, guard
 from service.broker.memory import MemoryBroker
 from service.broker.socket import BrokerServer
+from service.connections import BoundedHttp
 from service.drain import Drain
 from service.jobs import ModelInfo
 from service.pool import Pool
@@ -35,6 +37,8 @@ MODELS_SECONDS = 1.0
 KEEP_ALIVE_SECONDS = 75
 """Longer than load balancers keep an idle connection: who closes first must not be the one who is about to be asked."""
 ANSWER_SECONDS = 5
+TICKS_OF_A_LOOK = 20
+"""Between two looks for connections on which nobody asks; a tick is a tenth of a second."""
 
 
 class _Server(uvicorn.Server):
@@ -57,6 +61,10 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop; also when no worker can ever start."""
+        if counter % TICKS_OF_A_LOOK == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, BoundedHttp):
+                    connection.close_if_late()
         return self._hopeless() or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
@@ -97,6 +105,8 @@ def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], 
         port=settings.port,
         log_level=settings.log_level,
         access_log=settings.log_level == "debug",
+        server_header=False,
+        http=BoundedHttp,
         # Work has ended by then; this is for answers that are still being written.
         timeout_graceful_shutdown=ANSWER_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -145,6 +155,7 @@ def build(settings: ServeSettings, path: Path) -> tuple[FastAPI, Drain, Pool]:
 
 def serve(settings: ServeSettings) -> None:
     """Run until SIGINT or SIGTERM; raises ``BundleError`` or ``ValueError`` for what cannot be served."""
+    check_binding(settings)
     _log_to_stderr(settings)
     with tempfile.TemporaryDirectory(prefix="tarflow-") as directory:
         app, drain, pool = build(settings, Path(directory) / "broker.sock")
@@ -165,11 +176,17 @@ async def _metrics_beside(app: FastAPI, settings: ApiSettings) -> AsyncIterator[
         return
     operations = FastAPI(openapi_url=None)
     operations.state = app.state
-    operations.include_router(health.router)
-    envelope.install(operations)
+    guard(operations, OPERATIONS, settings)
     # Its log is the first one's, which is set up already.
     config = uvicorn.Config(
-        operations, host=settings.host, port=settings.metrics_port, lifespan="off", log_config=None, access_log=False
+        operations,
+        host=settings.host,
+        port=settings.metrics_port,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=BoundedHttp,
     )
     server = _Beside(config)
     task = asyncio.create_task(server.serve())
@@ -185,9 +202,11 @@ def api(settings: ApiSettings) -> None:
     from service.broker.redis.api import RedisBroker
     from service.stores.redis import Connection, state_in
 
+    check_binding(settings)
     _log_to_stderr(settings)
     broker = RedisBroker(settings.redis, settings.limits, prefix=settings.redis_prefix, models_seconds=MODELS_SECONDS)
     connection, drain = Connection(settings.redis, settings.redis_prefix), Drain()
+    rates = Rates.in_redis(settings.redis, settings.redis_prefix)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -198,7 +217,8 @@ def api(settings: ApiSettings) -> None:
                 yield
         finally:
             await broker.close()
+            await rates.close()
             connection.close()
 
     state = state_in(connection, settings.lease_seconds)
-    _run(settings, create_app(settings, broker, state, lifespan=lifespan, drain=drain), drain)
+    _run(settings, create_app(settings, broker, state, lifespan=lifespan, drain=drain, rates=rates), drain)

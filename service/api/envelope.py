@@ -21,11 +21,15 @@ log = logging.getLogger(__name__)
 STATUS: dict[type[ServiceError], int] = {
     errors.InvalidRequest: 422,
     errors.MalformedRequest: 400,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.MethodNotAllowed: 405,
     errors.NotAcceptable: 406,
+    errors.SlowBody: 408,
     errors.BodyTooLarge: 413,
+    errors.TooManyHeaders: 431,
     errors.Overloaded: 429,
     errors.Canceled: 499,
     errors.InternalError: 500,
@@ -41,6 +45,7 @@ OUTCOME: dict[type[ServiceError], str] = {
     errors.MethodNotAllowed: "invalid",
     errors.NotAcceptable: "invalid",
     errors.BodyTooLarge: "invalid",
+    errors.SlowBody: "timeout",
     errors.Overloaded: "rate_limited",
     errors.Canceled: "canceled",
     errors.Unavailable: "rejected",
@@ -138,7 +143,7 @@ def install(app: FastAPI) -> None:
         return response
 
     async def on_fault(request: Request, error: Exception) -> JSONResponse:
-        request.state.error = errors.InternalError("an internal error; the service's log has the details")
+        request.state.error = errors.InternalError(errors.FAULT)
         response = render(request.state.error)
         response.headers["x-request-id"] = request.state.request_id
         return response

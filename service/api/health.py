@@ -11,6 +11,7 @@ from service.broker.base import WorkerStatus
 from service.errors import Unavailable
 
 router = APIRouter(tags=["operations"])
+metrics_router = APIRouter(tags=["operations"])
 
 
 async def _ready_workers(context: Context) -> list[WorkerStatus]:
@@ -53,8 +54,8 @@ async def readyz(context: ContextDependency) -> JSONResponse:
     )
 
 
-@router.head("/metrics", include_in_schema=False)
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+@metrics_router.head("/metrics", include_in_schema=False)
+@metrics_router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
 async def metrics(context: ContextDependency) -> Response:
     """The figures of this process, and those of the workers, in Prometheus' text format."""
     try:

@@ -12,7 +12,6 @@ from starlette.requests import Request
 
 from service.api.context import Context
 from service.api.schemas import Timing
-from service.broker.base import Terms
 from service.errors import Canceled, Unavailable
 from service.jobs import Job, JobResult, ModelInfo, Op
 
@@ -46,9 +45,9 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
     When the client disconnects the job is canceled: nobody would see its result.
     """
     start = time.monotonic()
-    timeout = context.settings.request_timeout
-    await context.door.submit(job, Terms(timeout=timeout))
-    result = asyncio.create_task(context.broker.wait(job.id, timeout))
+    terms = context.terms()
+    await context.door.submit(job, terms)
+    result = asyncio.create_task(context.broker.wait(job.id, terms.timeout))
     gone = asyncio.create_task(_disconnected(context.request))
     try:
         await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)

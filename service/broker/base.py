@@ -46,6 +46,9 @@ class Terms:
 
     caller: str = ""
     """Whose share the job counts against; empty for callers without a name, who share one."""
+    caller_cost: int = 0
+    """Most cost of the caller's jobs that have not ended; 0 for no limit. One that alone is beyond it is let in when
+    there is no other."""
     priority: Priority = Priority.NORMAL
     timeout: float = 600.0
     """Seconds from acceptance until the job is ended with ``TimedOut``, whether it waits or runs."""
@@ -191,13 +194,14 @@ class Broker(Protocol):
     async def close(self) -> None:
         """End what :meth:`start` began; jobs that others wait for stay."""
 
-    async def check(self, model: str, cost: int, caller: str = "") -> None:
+    async def check(self, model: str, cost: int, caller: str = "", caller_cost: int = 0) -> None:
         """Raise what :meth:`submit` would for such a job, before work is spent on preparing it."""
 
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         """Accept a job.
 
-        Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full`` or ``share_full``),
+        Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full``, ``share_full`` or
+        ``concurrency_limit_exceeded``),
         ``Unavailable`` (``no_worker``), ``InvalidRequest`` (``idempotency_key_reused``).
         """
 

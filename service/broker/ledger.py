@@ -73,6 +73,7 @@ class Ledger:
         self._clocks = {lane: VirtualClock() for lane in Lane}
         self._keys: dict[tuple[str, str], str] = {}
         self._cost_of: Counter[str] = Counter()  # waiting, by caller
+        self._open_cost_of: Counter[str] = Counter()  # waiting and running, by caller
         self._waiting_cost = 0
         self._open: Counter[Lane] = Counter()  # jobs that have not ended
         self._number = 0
@@ -80,7 +81,7 @@ class Ledger:
 
     # What callers do.
 
-    def check(self, cost: int, caller: str) -> None:
+    def check(self, cost: int, caller: str, caller_cost: int = 0) -> None:
         """Raise ``Overloaded`` where a job of that cost is not let in."""
         limit, waiting = self.limits.max_queue_cost, self._waiting_cost
         # A job that alone exceeds a bound is let in when nothing waits: refusing it always would be a lie.
@@ -95,6 +96,14 @@ class Ledger:
                 f"your share of the queue is full ({own} of {share} units wait, this request costs {cost}); "
                 "try again when some of your requests are done",
                 code="share_full",
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+        flying = self._open_cost_of[caller] if caller_cost else 0
+        if flying and flying + cost > caller_cost:
+            raise Overloaded(
+                f"your key allows {caller_cost} units at once ({flying} are waiting or running, this request costs "
+                f"{cost}); try again when some of your requests are done",
+                code="concurrency_limit_exceeded",
                 retry_after=RETRY_AFTER_SECONDS,
             )
 
@@ -117,7 +126,7 @@ class Ledger:
         """Accept a job, or find the one it repeats."""
         if earlier := self.repeated(terms):
             return earlier
-        self.check(job.cost, terms.caller)
+        self.check(job.cost, terms.caller, terms.caller_cost)
         self._number += 1
         lane = lane_of(job.op)
         if not self._open[lane]:
@@ -126,6 +135,7 @@ class Ledger:
         turn = self._clocks[lane].turn(terms.caller, terms.priority, job.cost, self._number)
         entry = Entry(job, terms, turn, created=time.time(), submitted=self._clock())
         self.entries[job.id] = entry
+        self._open_cost_of[terms.caller] += job.cost
         if entry.key is not None:
             self._keys[entry.key] = job.id
         self._enqueue(entry)
@@ -342,6 +352,9 @@ class Ledger:
         if entry.state is JobState.QUEUED:
             self._dequeue(entry)
         self._open[lane_of(entry.job.op)] -= 1
+        self._open_cost_of[entry.terms.caller] -= entry.job.cost
+        if not self._open_cost_of[entry.terms.caller]:
+            del self._open_cost_of[entry.terms.caller]
         entry.owner, entry.ended, entry.outcome = None, self._clock(), outcome
         # What it needed as input is not kept with its result.
         entry.job = replace(entry.job, payload={})

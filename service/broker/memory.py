@@ -72,20 +72,20 @@ class MemoryBroker(Broker):
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
-    async def check(self, model: str, cost: int, caller: str = "") -> None:
+    async def check(self, model: str, cost: int, caller: str = "", caller_cost: int = 0) -> None:
         """Raises ``Overloaded`` when the queue is full, ``Unavailable`` without a worker."""
         if not any(model in (m.name for m in w.info.models) for w in self._live_workers()):
             raise Unavailable(
                 f"no worker is ready for model {model!r}; one is starting, busy or being replaced",
                 retry_after=RETRY_AFTER_SECONDS,
             )
-        self._ledger.check(cost, caller)
+        self._ledger.check(cost, caller, caller_cost)
 
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         """Accept a job, or find the one it repeats; raises as :meth:`check` does."""
         if earlier := self._ledger.repeated(terms):
             return earlier
-        await self.check(job.model, job.cost, terms.caller)
+        await self.check(job.model, job.cost, terms.caller, terms.caller_cost)
         return self._ledger.submit(job, terms)
 
     async def wait(self, job_id: str, timeout: float) -> JobResult:

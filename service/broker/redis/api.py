@@ -101,11 +101,11 @@ class RedisBroker(Broker):
 
     # Accepting.
 
-    async def check(self, model: str, cost: int, caller: str = "") -> None:
+    async def check(self, model: str, cost: int, caller: str = "", caller_cost: int = 0) -> None:
         answer = await self._calls.run(
-            "check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits)
+            "check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits), caller_cost
         )
-        if refused := refusal(answer, model, cost, self._limits):
+        if refused := refusal(answer, model, cost, self._limits, caller_cost):
             raise refused
 
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
@@ -114,7 +114,7 @@ class RedisBroker(Broker):
             job.id, job.op, lane_of(job.op), job.model, job.rows, job.cost, terms.caller, terms.priority,
             WEIGHTS[terms.priority], milliseconds(terms.timeout), milliseconds(terms.keep_seconds), int(terms.detached),
             self._replica, key, terms.fingerprint, name_of(terms.caller), self._limits.max_queue_cost,
-            share_of(self._limits), pack(job.payload),
+            share_of(self._limits), terms.caller_cost, pack(job.payload),
         )  # fmt: skip
         if not terms.detached:
             self._waits.add(job.id, attached=True)  # its end may come before the answer
@@ -122,7 +122,7 @@ class RedisBroker(Broker):
             answer = await self._calls.run("submit", *arguments)
             if answer[0] == b"idempotency_key_reused":
                 raise key_reused(terms.idempotency_key or "")
-            if refused := refusal(answer, job.model, job.cost, self._limits):
+            if refused := refusal(answer, job.model, job.cost, self._limits, terms.caller_cost):
                 raise refused
         except BaseException as error:
             if not terms.detached:
