@@ -20,6 +20,7 @@ from service.access.rates import Rates
 from service.api import administering, calibrating, classifying, docs, envelope, health, models, sampling, scoring
 from service.api.door import Door
 from service.api.entrance import Entrance
+from service.api.jobs import routes as jobs
 from service.api.observing import BodyLimit, BodyLimits, Observing
 from service.api.scopes import Part, RouteScopes
 from service.api.security_headers import SecurityHeaders
@@ -41,6 +42,7 @@ PARTS: tuple[Part, ...] = (
     (scoring.router, Scope.INFER),
     (classifying.router, Scope.INFER),
     (calibrating.router, Scope.INFER),
+    (jobs.router, Scope.INFER),
     (models.router, Scope.INFER),
     *OPERATIONS,
     (docs.router, None),
@@ -48,7 +50,14 @@ PARTS: tuple[Part, ...] = (
 """Every router, and the scope that a key needs for its routes; None for what is open to anyone."""
 ADMINISTRATION: tuple[Part, ...] = ((administering.router, Scope.ADMIN),)
 EXPOSED = (
-    *("x-request-id", "retry-after", "location", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests"),
+    *(
+        "x-request-id",
+        "retry-after",
+        "location",
+        "preference-applied",
+        "x-ratelimit-limit-requests",
+        "x-ratelimit-remaining-requests",
+    ),
     *("x-ratelimit-reset-requests", "x-tarflow-model", "x-tarflow-job", "x-tarflow-seed", "x-tarflow-plan"),
     *("x-tarflow-backward-error", "x-tarflow-certified", "x-tarflow-warnings", "x-tarflow-verdicts"),
 )

@@ -98,7 +98,8 @@ class Job:
     index or None for no class, ``statistics`` is absent or None for none, or their {seed, gradient}: whether gradients
     are wanted, ``options`` are :class:`~model.config.SamplingDefaults`, ``solver`` is
     :class:`~model.config.SolverOptions`, ``trajectory`` says whether the states after each block are wanted. Where
-    ``floats`` is true, images come as floats too.
+    ``floats`` is true, images come as floats too. ``previews`` is absent, or how many states sample and decode publish
+    on the way.
     """
 
     id: str

@@ -124,7 +124,9 @@ def build(settings: ServeSettings, path: Path) -> tuple[FastAPI, Drain, Pool]:
     names = [info.name for info in infos]
     if settings.default_model is not None and settings.default_model not in names:
         raise ValueError(f"default_model: got {settings.default_model!r}, allowed are {', '.join(names)}")
-    broker, drain = MemoryBroker(settings.limits), Drain()
+    broker = MemoryBroker(settings.limits)
+    # Jobs that were accepted for later are finished, too, if there is time: nothing but this process has them.
+    drain = Drain(lambda: broker.idle)
     broker.announce(infos)
     server, pool = BrokerServer(broker, path), Pool(settings, ("--socket", str(path)))
 

@@ -103,6 +103,12 @@ class Settings(SharedSettings):
     request_timeout: float = Field(
         600.0, gt=0, description="Seconds until a request is given up with 504, from its first byte."
     )
+    job_timeout: float = Field(
+        3600.0, gt=0, description="Seconds until an asynchronous job that has not ended is given up."
+    )
+    result_seconds: float = Field(
+        3600.0, gt=0, description="Seconds that a job that outlives its connection is kept after it has ended."
+    )
     admin: bool = Field(
         False,
         description="Without keys, answer /v1/admin too, where whoever reaches the port can load and unload models; "

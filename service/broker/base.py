@@ -9,7 +9,7 @@ Jobs wait by virtual finish time (:mod:`service.broker.fairness`): each caller g
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,6 +62,9 @@ class Terms:
     as long as its result stays; one that failed or was canceled frees the key."""
     fingerprint: str = ""
     """Digest of the request; a repetition of the key with another one is refused."""
+    recipe: bytes = b""
+    """What is needed to make the answer of the result, for whichever process is asked for it; kept as long as the job,
+    and never looked at."""
 
 
 USUAL = Terms()
@@ -106,8 +109,10 @@ class JobStatus:
 class Event:
     """Something that happened to a detached job.
 
-    Kinds: queued, started {attempt}, progress {fraction, block}, preview {…, arrays}, requeued {attempt, reason},
-    and last one of completed, failed {error, message, code, param}, canceled (as failed).
+    Kinds: queued, started {attempt}, progress {fraction, block}, preview {block, blocks, start, pixels}, requeued
+    {attempt, reason}, and last one of completed, failed {error, message, code, param}, canceled (as failed). A
+    preview's ``pixels`` (n, C, H, W) uint8 are images ``start``…``start + n − 1`` of the job after ``block`` of
+    ``blocks``.
     """
 
     id: str
@@ -225,10 +230,13 @@ class Broker(Protocol):
         """The result of a job that was completed, ``None`` while it waits or runs; raises the error of one that
         failed or was canceled, and ``NotFound``. May be asked any number of times."""
 
+    async def recipe(self, job_id: str) -> bytes:
+        """What was given with the job to make its answer of; raises ``NotFound``."""
+
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
         """The caller's detached jobs that are not forgotten, newest first."""
 
-    def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
+    def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
         """A detached job's events behind the one with id ``after``, or all, to its last; raises ``NotFound``."""
 
     async def models(self) -> Sequence[ModelInfo]:

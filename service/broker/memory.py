@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,13 +120,17 @@ class MemoryBroker(Broker):
         entry = self._entry(job_id)
         return self._outcome(entry) if entry.state in FINAL else None
 
+    async def recipe(self, job_id: str) -> bytes:
+        """What the job's answer is made of."""
+        return self._entry(job_id).terms.recipe
+
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
         """The caller's detached jobs, newest first."""
         entries = reversed(self._ledger.entries.values())
         own = [e for e in entries if e.terms.detached and e.terms.caller == caller]
         return [self._ledger.status(entry) for entry in own[:limit]]
 
-    async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
         """A job's events, to its last."""
         entry = self._entry(job_id)
         if not entry.terms.detached:

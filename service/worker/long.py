@@ -208,6 +208,7 @@ class LongWork:
             with self._metrics.computing(name, op):
                 done = cohort.advance() if other is None else cohort.join(other)
                 results = cohort.results() if done else []
+                previews = [] if done else cohort.previews()
         except BATCH_FAULTS as error:
             out_of_memory = is_out_of_memory(error)
             self._outcomes.fault(cohort.jobs, error, out_of_memory=out_of_memory)
@@ -215,6 +216,7 @@ class LongWork:
             if cohort.boundary is None:  # coming to one is no work
                 self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
             if not done:
+                self._outcomes.show(previews)
                 self._cohorts.rotate(-1)
                 return
             self._finish(cohort)

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -114,7 +114,7 @@ class RedisBroker(Broker):
             job.id, job.op, lane_of(job.op), job.model, job.rows, job.cost, terms.caller, terms.priority,
             WEIGHTS[terms.priority], milliseconds(terms.timeout), milliseconds(terms.keep_seconds), int(terms.detached),
             self._replica, key, terms.fingerprint, name_of(terms.caller), self._limits.max_queue_cost,
-            share_of(self._limits), terms.caller_cost, pack(job.payload),
+            share_of(self._limits), terms.caller_cost, pack(job.payload), terms.recipe,
         )  # fmt: skip
         if not terms.detached:
             self._waits.add(job.id, attached=True)  # its end may come before the answer
@@ -221,10 +221,16 @@ class RedisBroker(Broker):
             raise unknown(job_id)
         return outcome.result() if outcome.state in FINAL else None
 
+    async def recipe(self, job_id: str) -> bytes:
+        state, recipe = await self._calls.fields(job_id, ("state", "recipe"))
+        if state is None:
+            raise unknown(job_id)
+        return recipe or b""
+
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
         return [status_of(values) for values in await self._calls.run("status", "", name_of(caller), limit)]
 
-    async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
         key, names = self._keys.events(job_id), ("state", "detached")
         last = after if after is not None and _EVENT_ID.fullmatch(after) else "0-0"
         follows = False
