@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from functools import update_wrapper, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, Unpack
 
@@ -42,9 +42,9 @@ def _blocking(
 
 def _iterating(
     method: Callable[Concatenate[A, P], AsyncGenerator[T, None]],
-) -> Callable[Concatenate[_Over[A], P], Iterator[T]]:
+) -> Callable[Concatenate[_Over[A], P], Generator[T, None, None]]:
     @wraps(method)
-    def call(self: _Over[A], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+    def call(self: _Over[A], /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
         return run_each(method(self._twin, *args, **kwargs))
 
     return call
@@ -79,7 +79,7 @@ class Job(_Over[AsyncJob[T]], Generic[T]):
         """Give it up, unless it has ended; returns where it stands."""
         return run(self._twin.cancel())
 
-    def events(self, after: str | None = None) -> Iterator[Event[T]]:
+    def events(self, after: str | None = None) -> Generator[Event[T], None, None]:
         """All that happened and happens to it, from the beginning or behind the event with this id, to its end."""
         return run_each(self._twin.events(after))
 
@@ -130,7 +130,7 @@ class Operation(Generic[P, T]):
         """A job that is worked on whatever becomes of this program."""
         return Job(run(self._twin.submit(*args, **kwargs)))
 
-    def stream(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[Event[T]]:
+    def stream(self, *args: P.args, **kwargs: P.kwargs) -> Generator[Event[T], None, None]:
         """All that happens until the answer is there; leaving it early cancels the work."""
         return run_each(self._twin.stream(*args, **kwargs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from service.client.events import RECONNECT, Event, Parser, event_of
 from service.client.retries import Patience
 
 T = TypeVar("T")
+_KEY = re.compile(r"[\x21-\x7e]+")
 STREAM_READ_SECONDS = 60.0
 """A stream on which nothing comes for so long is dead: the service sends a comment every 15 seconds."""
 
@@ -33,6 +35,11 @@ class Options:
     max_retries: int = 4
     request_timeout: float | None = None
     idempotency_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            # Whoever notices it later would show it.
+            raise ValueError("api_key: allowed are visible ASCII characters, without spaces and line ends")
 
 
 class Changes(TypedDict, total=False):
@@ -128,7 +135,9 @@ class Caller:
 
     async def job(self, job_id: str, *, wait: float = 0.0) -> dict[str, Any]:
         """A job's document, when it has ended or after so many seconds."""
-        params = {"wait": wait} if wait else {}
+        # The answer is to come before httpx gives up.
+        longest = self.connection.timeout.read
+        params = {"wait": wait if longest is None else min(wait, longest / 2)} if wait else {}
         return await self.answer(Call(method="GET", path=path("jobs", job_id), read=_dictionary, params=params))
 
     def _with_key(self, call: Call[T]) -> Call[T]:
@@ -163,6 +172,8 @@ class Caller:
                 raise
         except httpx.TransportError as error:
             raise errors.of_transport(error) from error
+        except httpx.DecodingError as error:
+            raise UnexpectedAnswer(f"{request.url.path}: the answer cannot be read: {error}") from error
         if not response.is_success:
             raise errors.of_response(response)
         return response

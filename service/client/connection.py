@@ -7,7 +7,7 @@ Everything else is written once, as coroutines over this. With a blocking connec
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Generator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
@@ -133,7 +133,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("a coroutine over a blocking connection waits for nothing")
 
 
-def run_each(generator: AsyncGenerator[T, None]) -> Iterator[T]:
+def run_each(generator: AsyncGenerator[T, None]) -> Generator[T, None, None]:
     """What an asynchronous generator over a :class:`BlockingConnection` yields; closed with it."""
     try:
         while True:

@@ -201,11 +201,10 @@ class TimedOut(ApiError):
     usual_status = 504
 
 
-WORKER_LOST = "worker_lost"
-"""The code that tells it from a service that cannot work now."""
-
 _KINDS: list[type[ApiError]] = [*ApiError.__subclasses__(), MalformedRequest]
 _BY_STATUS = {kind.usual_status: kind for kind in _KINDS if kind is not WorkerLost}
+_BY_CODE: dict[str, type[ApiError]] = {"worker_lost": WorkerLost, "calibration_changed": Conflict}
+"""What neither a status nor a type tells from others."""
 _BY_TYPE: dict[str, type[ApiError]] = {
     "invalid_request_error": InvalidRequest,
     "authentication_error": Unauthorized,
@@ -235,14 +234,14 @@ def of_response(response: httpx.Response) -> ApiError:
         kind = _BY_STATUS.get(response.status_code, ApiError)
         shown = " ".join(response.text[:SHOWN_CHARACTERS].split()) or "nothing more"
         return kind(f"answered {response.status_code} with {shown!r}", **told)
-    kind = WorkerLost if code == WORKER_LOST else _BY_STATUS.get(response.status_code, ApiError)
+    kind = _BY_CODE.get(code) or _BY_STATUS.get(response.status_code, ApiError)
     return kind(message, code=code, param=param, **told)
 
 
 def of_body(body: Mapping[str, Any]) -> ApiError:
     """The error in the document or the last event of a job."""
     code = body.get("code")
-    kind = WorkerLost if code == WORKER_LOST else _BY_TYPE.get(str(body.get("type")), ApiError)
+    kind = _BY_CODE.get(str(code)) or _BY_TYPE.get(str(body.get("type")), ApiError)
     return kind(str(body.get("message")), code=code, param=body.get("param"))
 
 
