@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api import envelope
 from service.api.classify_schemas import ClassifyResponse
 from service.api.schemas import EncodeResponse, ErrorBody, ImagesResponse
 from service.api.score_schemas import ScoreResponse
@@ -60,7 +59,7 @@ def links_of(job_id: str) -> JobLinks:
 
 def error_body(error: ServiceError) -> ErrorBody:
     """An error as documents and events have it."""
-    return ErrorBody(**envelope.body(error)["error"])
+    return ErrorBody(message=error.message, type=error.type, param=error.param, code=error.code)
 
 
 def document_of(status: JobStatus, result: Any = None) -> JobDocument:

@@ -1,0 +1,234 @@
+"""Requests over a connection: with keys and headers, repeated where that is safe, and streams that are put together."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, TypeVar, Unpack
+
+import httpx
+from pydantic import ValidationError
+
+from service.client import errors
+from service.client.answers import ANSWERS, JobDocument
+from service.client.calls import Call, path
+from service.client.connection import Connection
+from service.client.errors import ConnectionFailed, TarflowError, UnexpectedAnswer
+from service.client.events import RECONNECT, Event, Parser, event_of
+from service.client.retries import Patience
+
+T = TypeVar("T")
+_KEY = re.compile(r"[\x21-\x7e]+")
+STREAM_READ_SECONDS = 60.0
+"""A stream on which nothing comes for so long is dead: the service sends a comment every 15 seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How requests are made."""
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    max_retries: int = 4
+    request_timeout: float | None = None
+    idempotency_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            # Whoever notices it later would show it.
+            raise ValueError("api_key: allowed are visible ASCII characters, without spaces and line ends")
+
+
+class Changes(TypedDict, total=False):
+    """Options that may be others for some requests."""
+
+    api_key: str | None
+    max_retries: int
+    request_timeout: float | None
+    idempotency_key: str | None
+
+
+class Caller:
+    """What sends calls; every client and handle of one connection shares its kind."""
+
+    def __init__(self, connection: Connection, options: Options) -> None:
+        self.connection, self.options = connection, options
+
+    def using(self, **changes: Unpack[Changes]) -> Caller:
+        """The same with other options."""
+        return Caller(self.connection, replace(self.options, **changes))
+
+    async def answer(self, call: Call[T]) -> T:
+        """Send a call, and read what comes."""
+        return _read(call.read, await self._opened(self._with_key(call)))
+
+    async def document(self, call: Call[Any]) -> dict[str, Any]:
+        """Send a call to be worked on later; returns the job's document."""
+        later = replace(call, headers={**call.headers, "Prefer": "respond-async"}, keyed=True)
+        return _read(_dictionary, await self._opened(self._with_key(later)))
+
+    async def stream(self, call: Call[T]) -> AsyncGenerator[Event[T], None]:
+        """Send a call, and tell all that happens to its job, across connections.
+
+        Who leaves before the end cancels the job, unless the key is one of the caller's own: such may come back.
+        """
+        opening = replace(call, headers={**call.headers, "Accept": "text/event-stream"}, keyed=True)
+        events, job_id, ended = self._told(self._with_key(opening), call.read), None, False
+        try:
+            async for event in events:
+                job_id, ended = event.job, event.final
+                yield event
+        finally:
+            with self.connection.last_words():
+                await events.aclose()
+                if job_id is not None and not ended and self.options.idempotency_key is None:
+                    # Without an answer the job ends by itself, too.
+                    with suppress(TarflowError):
+                        await self.using(max_retries=0).answer(canceling(job_id))
+
+    def events(self, job_id: str, read: Callable[[Any], T], after: str | None = None) -> AsyncGenerator[Event[T], None]:
+        """All that happens to a job behind an event, across connections; leaving it changes nothing."""
+        return self._told(_following(job_id, after), read)
+
+    async def _told(self, opening: Call[Any], read: Callable[[Any], T]) -> AsyncGenerator[Event[T], None]:
+        patience = Patience(self.options.max_retries)
+        call, last = opening, opening.headers.get("Last-Event-ID")
+        while True:
+            response = await self._opened(call, read=STREAM_READ_SECONDS)
+            failure, pause = "the stream ended before the job", 0.0
+            try:
+                job_id = response.headers.get("x-tarflow-job", "")
+                if response.status_code == 204:
+                    return
+                if not job_id:
+                    raise UnexpectedAnswer("a stream of events names no job")
+                parser = Parser()
+                async for line in self.connection.lines(response):
+                    heard = parser.feed(line)
+                    if heard is None:
+                        continue
+                    if heard.kind == RECONNECT:
+                        pause = heard.retry or 0.0
+                        break
+                    patience.reset()
+                    event, last = event_of(heard, read), heard.id
+                    if (
+                        event.kind == "completed"
+                        and event.data.get("result", ...) is None
+                        and "error" not in event.data
+                    ):
+                        # It is too large to be sent along.
+                        event = replace(event, data={**event.data, "result": (await self.job(job_id))["result"]})
+                    yield event
+                    if event.final:
+                        return
+            except httpx.TransportError as error:
+                # Whatever it is, the job goes on.
+                failure = str(errors.of_transport(error))
+            finally:
+                await self.connection.close(response)
+            await self.connection.sleep(max(pause, patience.after(ConnectionFailed(failure), repeatable=True)))
+            call = _following(job_id, last)
+
+    async def job(self, job_id: str, *, wait: float = 0.0) -> dict[str, Any]:
+        """A job's document, when it has ended or after so many seconds."""
+        # The answer is to come before httpx gives up.
+        longest = self.connection.timeout.read
+        params = {"wait": wait if longest is None else min(wait, longest / 2)} if wait else {}
+        return await self.answer(Call(method="GET", path=path("jobs", job_id), read=_dictionary, params=params))
+
+    def _with_key(self, call: Call[T]) -> Call[T]:
+        """A call whose repetitions the service knows as such, where that is worth something.
+
+        An answer with a key is kept for an hour. Where the same answer is made anew within milliseconds it is not.
+        """
+        key = self.options.idempotency_key or (secrets.token_hex(16) if call.keyed else None)
+        if call.method != "POST" or key is None:
+            return call
+        return replace(call, headers={**call.headers, "Idempotency-Key": key})
+
+    async def _opened(self, call: Call[Any], *, read: float | None = None) -> httpx.Response:
+        """The answer to a call, repeated until it is good or there is no hope; with ``read`` it is a stream, of which
+        only the head is there."""
+        patience, request = Patience(self.options.max_retries), self._request(call, read)
+        while True:
+            try:
+                return await self._once(request, streams=read is not None)
+            except TarflowError as error:
+                seconds = patience.after(error, repeatable=call.repeatable)
+            await self.connection.sleep(seconds)
+
+    async def _once(self, request: httpx.Request, *, streams: bool) -> httpx.Response:
+        try:
+            response = await self.connection.open(request)
+            try:
+                if not (streams and response.is_success):
+                    await self.connection.read(response)
+            except BaseException:
+                await self.connection.close(response)
+                raise
+        except httpx.TransportError as error:
+            raise errors.of_transport(error) from error
+        except httpx.DecodingError as error:
+            raise UnexpectedAnswer(f"{request.url.path}: the answer cannot be read: {error}") from error
+        if not response.is_success:
+            raise errors.of_response(response)
+        return response
+
+    def _request(self, call: Call[Any], read: float | None) -> httpx.Request:
+        options = self.options
+        headers: dict[str, str] = {"Accept": "application/json", **call.headers}
+        if options.api_key is not None:
+            headers["Authorization"] = f"Bearer {options.api_key}"
+        if options.request_timeout is not None:
+            headers["X-Request-Timeout"] = f"{options.request_timeout:.9f}".rstrip("0").rstrip(".")
+        parts: dict[str, Any] = {"headers": headers, "params": _text(call.params)}
+        if call.json is not None:
+            parts["json"] = call.json
+        if call.form is not None:
+            parts |= {"data": call.form, "files": [("files", file) for file in call.files]}
+        if read is not None:
+            usual = self.connection.timeout
+            shorter = read if usual.read is None else min(read, usual.read)
+            parts["timeout"] = httpx.Timeout(connect=usual.connect, read=shorter, write=usual.write, pool=usual.pool)
+        return self.connection.build(call.method, options.url + call.path, **parts)
+
+
+def canceling(job_id: str) -> Call[dict[str, Any]]:
+    """The request that gives a job up."""
+    return Call(method="DELETE", path=path("jobs", job_id), read=_dictionary)
+
+
+def document_of(data: Mapping[str, Any]) -> JobDocument:
+    """A job's document without its result, which is read as what it is where it is asked for."""
+    return JobDocument.model_validate({**data, "result": None})
+
+
+def reader_of(op: str) -> Callable[[Any], Any]:
+    """How the result of a kind of work is read."""
+    return ANSWERS[op].model_validate
+
+
+def _following(job_id: str, after: str | None) -> Call[Any]:
+    headers = {"Accept": "text/event-stream"} | ({} if after is None else {"Last-Event-ID": after})
+    return Call(method="GET", path=path("jobs", job_id, "events"), read=_dictionary, headers=headers)
+
+
+def _dictionary(data: Any) -> dict[str, Any]:
+    return dict(data)
+
+
+def _text(params: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in params.items() if value is not None}
+
+
+def _read(read: Callable[[Any], T], response: httpx.Response) -> T:
+    if response.status_code == 204:
+        return read(None)
+    try:
+        return read(response.json())
+    except (ValidationError, ValueError, TypeError) as error:
+        raise UnexpectedAnswer(f"{response.url.path}: the answer cannot be read: {error}") from error
