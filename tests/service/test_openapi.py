@@ -1,8 +1,8 @@
 """The running service does what its OpenAPI document says, whatever it is sent: schemathesis looks for what it doesn't.
 
 Every route of the document is tried, with examples, with values at the limits of every field, with random requests that
-fit the document and others that don't, and with requests that follow from earlier answers. All checks are on: among
-them that no answer is a 5xx, and that each has a status, content type, headers and content that are documented.
+fit the document and others that don't, and with requests that follow from earlier answers. All checks are on but one:
+among them that no answer is a 5xx, and that each has a status, content type, headers and content that are documented.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def _configuration(server: ServerProcess, directory: Path) -> Path:
 def test_every_answer_is_documented(fuzzed: ServerProcess, tmp_path: Path, examples: int) -> None:
     worker, configuration = fuzzed.worker(), _configuration(fuzzed, tmp_path)
     command = [SCHEMATHESIS, "--config-file", configuration, "run", f"{fuzzed.url}/openapi.json", "--checks", "all"]
+    # Deleting a job cancels it; it is still there to tell of that.
+    command += ["--exclude-checks", "use_after_free"]
     command += ["--header", f"Authorization: Bearer {KEY}"]
     command += ["--max-examples", str(examples), "--generation-deterministic", "--continue-on-failure", "--no-color"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
