@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -19,6 +19,7 @@ from service.client.connection import Connection
 from service.client.errors import ConnectionFailed, TarflowError, UnexpectedAnswer
 from service.client.events import RECONNECT, Event, Parser, event_of
 from service.client.retries import Patience
+from service.jobs import JobState
 
 T = TypeVar("T")
 _KEY = re.compile(r"[\x21-\x7e]+")
@@ -106,25 +107,19 @@ class Caller:
                 if not job_id:
                     raise UnexpectedAnswer("a stream of events names no job")
                 parser = Parser()
-                async for line in self.connection.lines(response):
-                    heard = parser.feed(line)
-                    if heard is None:
-                        continue
-                    if heard.kind == RECONNECT:
-                        pause = heard.retry or 0.0
-                        break
-                    patience.reset()
-                    event, last = event_of(heard, read), heard.id
-                    if (
-                        event.kind == "completed"
-                        and event.data.get("result", ...) is None
-                        and "error" not in event.data
-                    ):
-                        # It is too large to be sent along.
-                        event = replace(event, data={**event.data, "result": (await self.job(job_id))["result"]})
-                    yield event
-                    if event.final:
-                        return
+                async with aclosing(self.connection.lines(response)) as lines:
+                    async for line in lines:
+                        heard = parser.feed(line)
+                        if heard is None:
+                            continue
+                        if heard.kind == RECONNECT:
+                            pause = heard.retry or 0.0
+                            break
+                        patience.reset()
+                        event, last = await self._whole(event_of(heard, read)), heard.id
+                        yield event
+                        if event.final:
+                            return
             except httpx.TransportError as error:
                 # Whatever it is, the job goes on.
                 failure = str(errors.of_transport(error))
@@ -132,6 +127,12 @@ class Caller:
                 await self.connection.close(response)
             await self.connection.sleep(max(pause, patience.after(ConnectionFailed(failure), repeatable=True)))
             call = _following(job_id, last)
+
+    async def _whole(self, event: Event[T]) -> Event[T]:
+        """The event, with its result where that was too large to be sent along."""
+        if event.kind != JobState.COMPLETED or event.data.get("error") or event.data.get("result") is not None:
+            return event
+        return replace(event, data={**event.data, "result": (await self.job(event.job))["result"]})
 
     async def job(self, job_id: str, *, wait: float = 0.0) -> dict[str, Any]:
         """A job's document, when it has ended or after so many seconds."""
