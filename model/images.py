@@ -112,11 +112,10 @@ def _load(data: bytes, max_pixels: int) -> Decoded:
             "image_too_large", f"the image has {width}x{height} pixels; at most {max_pixels:,} pixels are allowed"
         )
     try:
-        # Asking for the number of frames reads the file, so it belongs to the guarded part.
-        frames = getattr(image, "n_frames", 1)
+        # Whether there is a second frame, not how many: a small file may have a million, and all would be read.
         # Phones put a second picture, such as a depth map, behind the photograph (MPO): no animation.
-        if frames > 1 and image.format != "MPO":
-            raise ImageError("animated_image", f"the image has {frames} frames; send a single frame")
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            raise ImageError("animated_image", "the image has more than one frame; send a single frame")
         # Asked before loading, because Pillow turns TIFF images, and forgets the tag, while it loads them.
         orientation, bits = image.getexif().get(ORIENTATION, 1), _bits_per_channel(image, data)
         image.load()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import secrets
 import time
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api.envelope import STATUS, body
+from service.api.security_headers import HEADERS
+from service.errors import MalformedRequest, ServiceError, TooManyHeaders
+
 MOST_HEAD_BYTES = 64 * 1024
-"""Of the request line and the headers; what comes in one read is looked at in one piece, so it may be a little more."""
+"""Of the request line and the headers; what comes in one read is looked at in one piece, so it may be somewhat more."""
 HEAD_SECONDS = 30.0
 """Until the head is there, from its first byte; and until that, from the connection's beginning."""
-
-_TOO_LARGE = b"the request's head is larger than %d bytes" % MOST_HEAD_BYTES
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -32,15 +36,30 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head has grown too large."""
+        # What begins in the middle of a read is counted from the next one on.
+        awaited = self.waits_since is not None
         super().data_received(data)
-        if self.waits_since is not None and not self.transport.is_closing():
+        if awaited and self.waits_since is not None and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES:
-                self.transport.write(
-                    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain\r\n"
-                    b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(_TOO_LARGE), _TOO_LARGE)
-                )
-                self.transport.close()
+                self._refuse(TooManyHeaders(f"the request's head is larger than {MOST_HEAD_BYTES} bytes"))
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, in the envelope like all else."""
+        self._refuse(MalformedRequest(f"this is not HTTP: {msg}", code="malformed_request"))
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer before there is a request, and hang up."""
+        content = json.dumps(body(error)).encode()
+        headers = HEADERS | {
+            b"content-type": b"application/json",
+            b"content-length": b"%d" % len(content),
+            b"connection": b"close",
+            b"x-request-id": secrets.token_hex(8).encode(),
+        }
+        lines = [b"HTTP/1.1 %d Refused" % STATUS[type(error)], *(b": ".join(pair) for pair in headers.items())]
+        self.transport.write(b"\r\n".join([*lines, b"", content]))
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         """A request begins."""

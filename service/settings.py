@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -101,7 +102,7 @@ class Settings(SharedSettings):
     )
     caller_share: float = Field(0.5, gt=0, le=1, description="Share of it that one named caller may have waiting.")
     request_timeout: float = Field(
-        600.0, gt=0, description="Seconds until a request is given up with 504, from its first byte."
+        600.0, gt=0, description="Seconds until a request is given up with 504, its body included."
     )
     job_timeout: float = Field(
         3600.0, gt=0, description="Seconds until an asynchronous job that has not ended is given up."
@@ -230,6 +231,17 @@ class ServeSettings(Settings, ComputeSettings):
         description="Directory of what must outlive the service, such as calibrations; "
         "by default tarflow in the user's state directory (XDG_STATE_HOME).",
     )
+    max_kept_bytes: int = Field(
+        2**30,
+        ge=1024,
+        description="Bytes of kept results, about, from which on new requests for jobs that outlive their connection "
+        "are answered with 429 until some have expired.",
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """What the broker holds to, which is in this process."""
+        return replace(super().limits, max_kept_bytes=self.max_kept_bytes)
 
 
 class ApiSettings(RedisSettings, Settings):

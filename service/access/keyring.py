@@ -61,19 +61,19 @@ class Keyring:
         """Take over what is edited, for as long as it runs; a bad edit is logged, and the old keys stay."""
         if self._path is None:
             return
-        considered: str | None = self._text
+        considered: tuple[str | None, str] = (self._text, "")
         seen = considered
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            text, reason = await anyio.to_thread.run_sync(_look, self._path)
+            found = await anyio.to_thread.run_sync(_look, self._path)
             # Only what has stayed the same for a while: an editor may be in the middle of writing.
-            if text == seen and text != considered:
-                considered = text
+            if found == seen and found != considered:
+                considered = found
                 try:
-                    self._take(text, reason)
+                    self._take(*found)
                 except InvalidKeys as error:
                     log.error("keys: %s: %s; the keys that were there before stay in force", self._path, error)
-            seen = text
+            seen = found
 
     def _take(self, text: str | None, reason: str) -> None:
         if text is None:

@@ -110,7 +110,7 @@ def new_secret() -> str:
 
 def digest(secret: str) -> bytes:
     """What is kept of a secret."""
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 def parse(text: str) -> dict[str, KeyEntry]:

@@ -38,6 +38,8 @@ class Limits:
     """A worker that was not heard for so long does not count as live."""
     max_attempts: int
     """Workers that a job may lose before it fails."""
+    max_kept_bytes: int = 2**30
+    """Results of detached jobs that the embedded broker keeps at once; a Redis has its own bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +207,8 @@ class Broker(Protocol):
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         """Accept a job.
 
-        Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full``, ``share_full`` or
-        ``concurrency_limit_exceeded``),
+        Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full``, ``share_full``,
+        ``concurrency_limit_exceeded`` or ``results_full``),
         ``Unavailable`` (``no_worker``), ``InvalidRequest`` (``idempotency_key_reused``).
         """
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from service.broker.base import RETRY_AFTER_SECONDS, Accepted, Event, Held, JobStatus, Limits, QueueStats, Terms
 from service.broker.fairness import Turn, VirtualClock
+from service.broker.kept import Kept
 from service.errors import Canceled, InvalidRequest, Overloaded, ServiceError, TimedOut, WorkerLost
 from service.jobs import FINAL, Job, JobResult, JobState, Lane, lane_of
 
@@ -77,6 +78,7 @@ class Ledger:
         self._waiting_cost = 0
         self._open: Counter[Lane] = Counter()  # jobs that have not ended
         self._number = 0
+        self._kept = Kept(limits.max_kept_bytes)
         self._reclaimed = self._dead = 0
 
     # What callers do.
@@ -126,6 +128,8 @@ class Ledger:
         """Accept a job, or find the one it repeats."""
         if earlier := self.repeated(terms):
             return earlier
+        if terms.detached:
+            self._kept.check()
         self.check(job.cost, terms.caller, terms.caller_cost)
         self._number += 1
         lane = lane_of(job.op)
@@ -135,6 +139,7 @@ class Ledger:
         turn = self._clocks[lane].turn(terms.caller, terms.priority, job.cost, self._number)
         entry = Entry(job, terms, turn, created=time.time(), submitted=self._clock())
         self.entries[job.id] = entry
+        self._kept.add(job.id, [terms.recipe])
         self._open_cost_of[terms.caller] += job.cost
         if entry.key is not None:
             self._keys[entry.key] = job.id
@@ -258,6 +263,7 @@ class Ledger:
     def forget(self, job_id: str) -> None:
         """Remove a job that has ended."""
         entry = self.entries.pop(job_id)
+        self._kept.forget(job_id)
         if entry.key is not None and self._keys.get(entry.key) == job_id:
             del self._keys[entry.key]
 
@@ -359,6 +365,7 @@ class Ledger:
         # What it needed as input is not kept with its result.
         entry.job = replace(entry.job, payload={})
         if isinstance(outcome, JobResult):
+            self._kept.add(entry.job.id, outcome.arrays.values() if entry.terms.detached else ())
             entry.state = JobState.COMPLETED
             self.tell(entry, entry.state)
         else:
@@ -371,6 +378,7 @@ class Ledger:
     def tell(self, entry: Entry, kind: str, /, **data: Any) -> None:
         """Add an event, where events are kept, and let those who wait look."""
         if entry.terms.detached:
+            self._kept.add(entry.job.id, data.values())
             entry.num_events += 1
             entry.events.append(Event(id=str(entry.num_events), kind=str(kind), data=data, time=time.time()))
             del entry.events[:-MOST_EVENTS]

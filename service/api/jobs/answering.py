@@ -18,15 +18,16 @@ from service.api.recipes.stored import stored_answer
 from service.api.running import run
 from service.broker.base import JobStatus
 from service.errors import Conflict, InvalidRequest, TimedOut
-from service.jobs import FINAL, JobResult, JobState
+from service.jobs import FINAL, JobResult
 
 EVENTS: dict[str, Any] = {EVENT_STREAM: {}}
 """What is added to an operation's contents in the documentation."""
 HOW: dict[int | str, dict[str, Any]] = {
+    200: {"content": EVENTS},
     202: {
         "model": JobDocument,
         "description": "With `Prefer: respond-async`: the job goes on, and is at the address in the header Location",
-    }
+    },
 }
 """What is added to an operation's answers in the documentation."""
 RETRY_AFTER_SECONDS = 2.0
@@ -99,6 +100,8 @@ async def _result(context: Context, status: JobStatus, found: JobResult | None) 
     """The answer of a job that has ended; raises its error."""
     if status.error is not None:
         raise status.error
-    if found is None or status.state is not JobState.COMPLETED:
+    # It may have ended just when the time was over.
+    found = found or await context.broker.result(status.id)
+    if found is None:
         raise AssertionError("a job that was completed has a result")
     return await stored_answer(context, status, found, context.request.headers.get("accept"))

@@ -20,7 +20,7 @@ from service.api.rendering import NON_FINITE_VALUE, finite_or_none, warnings
 from service.api.schemas import Protocol
 from service.api.score_schemas import Maps, ScoreResponse, ScoreResult
 from service.api.uploads import Inputs
-from service.errors import Conflict, InvalidRequest
+from service.errors import Conflict, InvalidRequest, NotFound
 from service.jobs import ModelInfo
 from service.verdicts import Question
 
@@ -102,7 +102,10 @@ class ScoresRecipe:
     async def from_wire(cls, context: Context, model: str, data: Mapping[str, Any]) -> Self:
         asked = None
         if data["question"] is not None:
-            info = await context.model(model)
+            try:
+                info = await context.model(model)
+            except NotFound as error:
+                raise _changed(f"model: {model!r} is not served any more") from error
             asked = await anyio.to_thread.run_sync(_asked, context, info, data["question"])
         inputs, protocol = inputs_from_wire(data["inputs"]), Protocol(**data["protocol"])
         return cls(inputs=inputs, class_name=data["class_name"], protocol=protocol, maps=data["maps"], asked=asked)
@@ -118,6 +121,14 @@ def _question_to_wire(question: Question) -> dict[str, Any]:
     return {**plain, "digest": _digest(question.calibration)}
 
 
+def _changed(what: str) -> Conflict:
+    return Conflict(
+        f"{what}, so there is no verdict of this job to give; send the request again",
+        param="calibration",
+        code="calibration_changed",
+    )
+
+
 def _asked(context: Context, model: ModelInfo, data: Mapping[str, Any]) -> Asked:
     """What was asked; raises ``Conflict`` where the calibration is not the one that was meant."""
     plain = {name: value for name, value in data.items() if name != "digest"}
@@ -126,11 +137,6 @@ def _asked(context: Context, model: ModelInfo, data: Mapping[str, Any]) -> Asked
     except InvalidRequest:
         calibration = None
     if calibration is None or _digest(calibration) != data["digest"]:
-        what = "is gone or cannot be used any more" if calibration is None else "was replaced"
-        raise Conflict(
-            f"calibration: {data['name']!r} {what} since this job was accepted, so there is no verdict to give; "
-            "send the request again",
-            param="calibration",
-            code="calibration_changed",
-        )
+        what = "is gone or cannot be used any more" if calibration is None else "was replaced meanwhile"
+        raise _changed(f"calibration: {data['name']!r} {what}")
     return Asked(model=model, question=Question(calibration=calibration, **plain), is_stored=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -208,3 +210,49 @@ async def test_a_detached_job_can_be_waited_for(bench: Bench) -> None:
     for done in await asyncio.gather(*waiting):
         assert done.arrays["value"][0] == 5.0
     assert (await bench.broker.wait("a", LONG_ENOUGH)).arrays["value"][0] == 5.0
+
+
+async def test_what_an_answer_is_made_of_is_kept_with_its_job(bench: Bench) -> None:
+    worker, broker = await bench.worker(), bench.broker
+    recipe = bytes(range(256)) * 5000
+    terms = Terms(caller="a", detached=True, keep_seconds=60, recipe=recipe, idempotency_key="k", fingerprint="f")
+    await broker.submit(job("a"), terms)
+    assert await broker.recipe("a") == recipe
+    # A repetition's own recipe is no concern of the first one's job.
+    assert (await broker.submit(job("b"), replace(terms, recipe=b"other"))).job_id == "a"
+    [got] = await worker.claim()
+    await worker.release(got)
+    [got] = await worker.claim()
+    await worker.complete(got, result())
+    assert await broker.recipe("a") == recipe
+    await broker.submit(job("plain"), DETACHED)
+    assert await broker.recipe("plain") == b""
+    with pytest.raises(NotFound, match="'x'"):
+        await broker.recipe("x")
+
+
+async def test_a_recipe_is_forgotten_with_its_job(bench: Bench) -> None:
+    await bench.worker()
+    await bench.broker.submit(job("a"), Terms(detached=True, keep_seconds=0.05, recipe=b"r"))
+    await bench.broker.cancel("a")
+    async with asyncio.timeout(LONG_ENOUGH):
+        while True:
+            await bench.sweep()
+            try:
+                await bench.broker.recipe("a")
+            except NotFound:
+                break
+
+
+async def test_who_follows_may_stop_at_any_event(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a"), DETACHED)
+    async with aclosing(bench.broker.events("a")) as events:
+        assert (await anext(events)).kind == "queued"
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    [got] = await worker.claim()
+    await worker.complete(got, result())
+    assert [event.kind for event in await told(bench, "a")] == ["queued", "started", "completed"]

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from service.broker.base import Terms
 from service.broker.memory import MemoryBroker
-from service.errors import Unavailable
-from service.jobs import Lane
+from service.errors import Overloaded, Unavailable
+from service.jobs import JobResult, Lane
 from tests.service.broker.conftest import AMPLE, info, job, model
 
 pytestmark = pytest.mark.anyio
@@ -46,3 +48,28 @@ async def test_announced_models_are_known_before_their_worker(broker: MemoryBrok
     assert [m.name for m in await broker.models()] == ["m", "z"]
     broker.unregister("w1")
     assert [m.name for m in await broker.models()] == ["m", "z"]
+
+
+async def test_kept_results_have_a_bound() -> None:
+    broker = MemoryBroker(replace(AMPLE, max_kept_bytes=3000))
+    broker.register(info("w1", ["m"]))
+    kept = Terms(detached=True, keep_seconds=0.05, recipe=bytes(500), idempotency_key="a")
+    for name, size in (("a", 700), ("b", 800)):
+        await broker.submit(job(name), replace(kept, idempotency_key=name))
+        [got] = await broker.claim("w1", set(Lane), 1, 0)
+        # Previews are kept with the events.
+        pixels = np.zeros(500, np.uint8)
+        broker.publish("w1", name, got.attempt, "preview", {"block": 1, "pixels": pixels})
+        result = JobResult(arrays={"x": np.zeros(size, np.uint8)}, inference_seconds=0)
+        assert broker.complete("w1", name, got.attempt, result)
+    with pytest.raises(Overloaded) as caught:
+        await broker.submit(job("c"), replace(kept, idempotency_key="c"))
+    assert (caught.value.code, caught.value.retry_after is None) == ("results_full", False)
+    # What is there already may be asked for, and nobody need wait who takes the answer at once.
+    assert (await broker.submit(job("d"), kept)).job_id == "a"
+    await broker.submit(job("e"))
+    async with asyncio.timeout(60):
+        while await broker.jobs(""):
+            broker.sweep()
+            await asyncio.sleep(0.01)
+    await broker.submit(job("c"), kept)
