@@ -63,21 +63,25 @@ class Caller:
         return Caller(self.connection, replace(self.options, **changes))
 
     async def answer(self, call: Call[T]) -> T:
-        """Send a call, and read what comes."""
-        return _read(call.read, await self._opened(self._with_key(call)))
+        """Send a call, and read what comes.
+
+        Without a key, unless the caller gave one: the service would keep the answer for an hour, and work on for who
+        has gone away.
+        """
+        return _read(call.read, await self._opened(self._with_key(call, self.options.idempotency_key)))
 
     async def document(self, call: Call[Any]) -> dict[str, Any]:
         """Send a call to be worked on later; returns the job's document."""
-        later = replace(call, headers={**call.headers, "Prefer": "respond-async"}, keyed=True)
-        return _read(_dictionary, await self._opened(self._with_key(later)))
+        later = replace(call, headers={**call.headers, "Prefer": "respond-async"})
+        return _read(_dictionary, await self._opened(self._with_key(later, self._key())))
 
     async def stream(self, call: Call[T]) -> AsyncGenerator[Event[T], None]:
         """Send a call, and tell all that happens to its job, across connections.
 
         Who leaves before the end cancels the job, unless the key is one of the caller's own: such may come back.
         """
-        opening = replace(call, headers={**call.headers, "Accept": "text/event-stream"}, keyed=True)
-        events, job_id, ended = self._told(self._with_key(opening), call.read), None, False
+        opening = replace(call, headers={**call.headers, "Accept": "text/event-stream"})
+        events, job_id, ended = self._told(self._with_key(opening, self._key()), call.read), None, False
         try:
             async for event in events:
                 job_id, ended = event.job, event.final
@@ -141,12 +145,12 @@ class Caller:
         params = {"wait": wait if longest is None else min(wait, longest / 2)} if wait else {}
         return await self.answer(Call(method="GET", path=path("jobs", job_id), read=_dictionary, params=params))
 
-    def _with_key(self, call: Call[T]) -> Call[T]:
-        """A call whose repetitions the service knows as such, where that is worth something.
+    def _key(self) -> str:
+        """Of the caller, or a new one."""
+        return self.options.idempotency_key or secrets.token_hex(16)
 
-        An answer with a key is kept for an hour. Where the same answer is made anew within milliseconds it is not.
-        """
-        key = self.options.idempotency_key or (secrets.token_hex(16) if call.keyed else None)
+    def _with_key(self, call: Call[T], key: str | None) -> Call[T]:
+        """A call whose repetitions the service knows as such."""
         if call.method != "POST" or key is None:
             return call
         return replace(call, headers={**call.headers, "Idempotency-Key": key})
