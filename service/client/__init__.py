@@ -1,4 +1,4 @@
-"""A client of the service, with waiting and without; imports no torch and no web framework."""
+"""A client of the service, synchronous and for asyncio; imports no torch and no web framework."""
 
 from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client, Job

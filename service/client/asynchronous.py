@@ -53,7 +53,7 @@ class _Of(Generic[P, T]):
 
 
 class AsyncClient:
-    """A client of the service for programs with an event loop (asyncio, trio).
+    """A client of the service for programs with an event loop.
 
     Every operation is a method, ``await client.sample(…)``, and has two more: ``client.sample.submit(…)`` for a job,
     ``client.sample.stream(…)`` for its events. Close it, or use ``async with``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -19,6 +19,7 @@ from service.client.connection import Connection
 from service.client.errors import ConnectionFailed, TarflowError, UnexpectedAnswer
 from service.client.events import RECONNECT, Event, Parser, event_of
 from service.client.retries import Patience
+from service.jobs import JobState
 
 T = TypeVar("T")
 _KEY = re.compile(r"[\x21-\x7e]+")
@@ -62,21 +63,25 @@ class Caller:
         return Caller(self.connection, replace(self.options, **changes))
 
     async def answer(self, call: Call[T]) -> T:
-        """Send a call, and read what comes."""
-        return _read(call.read, await self._opened(self._with_key(call)))
+        """Send a call, and read what comes.
+
+        Without a key, unless the caller gave one: the service would keep the answer for an hour, and work on for who
+        has gone away.
+        """
+        return _read(call.read, await self._opened(self._with_key(call, self.options.idempotency_key)))
 
     async def document(self, call: Call[Any]) -> dict[str, Any]:
         """Send a call to be worked on later; returns the job's document."""
-        later = replace(call, headers={**call.headers, "Prefer": "respond-async"}, keyed=True)
-        return _read(_dictionary, await self._opened(self._with_key(later)))
+        later = replace(call, headers={**call.headers, "Prefer": "respond-async"})
+        return _read(_dictionary, await self._opened(self._with_key(later, self._key())))
 
     async def stream(self, call: Call[T]) -> AsyncGenerator[Event[T], None]:
         """Send a call, and tell all that happens to its job, across connections.
 
         Who leaves before the end cancels the job, unless the key is one of the caller's own: such may come back.
         """
-        opening = replace(call, headers={**call.headers, "Accept": "text/event-stream"}, keyed=True)
-        events, job_id, ended = self._told(self._with_key(opening), call.read), None, False
+        opening = replace(call, headers={**call.headers, "Accept": "text/event-stream"})
+        events, job_id, ended = self._told(self._with_key(opening, self._key()), call.read), None, False
         try:
             async for event in events:
                 job_id, ended = event.job, event.final
@@ -106,25 +111,19 @@ class Caller:
                 if not job_id:
                     raise UnexpectedAnswer("a stream of events names no job")
                 parser = Parser()
-                async for line in self.connection.lines(response):
-                    heard = parser.feed(line)
-                    if heard is None:
-                        continue
-                    if heard.kind == RECONNECT:
-                        pause = heard.retry or 0.0
-                        break
-                    patience.reset()
-                    event, last = event_of(heard, read), heard.id
-                    if (
-                        event.kind == "completed"
-                        and event.data.get("result", ...) is None
-                        and "error" not in event.data
-                    ):
-                        # It is too large to be sent along.
-                        event = replace(event, data={**event.data, "result": (await self.job(job_id))["result"]})
-                    yield event
-                    if event.final:
-                        return
+                async with aclosing(self.connection.lines(response)) as lines:
+                    async for line in lines:
+                        heard = parser.feed(line)
+                        if heard is None:
+                            continue
+                        if heard.kind == RECONNECT:
+                            pause = heard.retry or 0.0
+                            break
+                        patience.reset()
+                        event, last = await self._whole(event_of(heard, read)), heard.id
+                        yield event
+                        if event.final:
+                            return
             except httpx.TransportError as error:
                 # Whatever it is, the job goes on.
                 failure = str(errors.of_transport(error))
@@ -133,6 +132,12 @@ class Caller:
             await self.connection.sleep(max(pause, patience.after(ConnectionFailed(failure), repeatable=True)))
             call = _following(job_id, last)
 
+    async def _whole(self, event: Event[T]) -> Event[T]:
+        """The event, with its result where that was too large to be sent along."""
+        if event.kind != JobState.COMPLETED or event.data.get("error") or event.data.get("result") is not None:
+            return event
+        return replace(event, data={**event.data, "result": (await self.job(event.job))["result"]})
+
     async def job(self, job_id: str, *, wait: float = 0.0) -> dict[str, Any]:
         """A job's document, when it has ended or after so many seconds."""
         # The answer is to come before httpx gives up.
@@ -140,12 +145,12 @@ class Caller:
         params = {"wait": wait if longest is None else min(wait, longest / 2)} if wait else {}
         return await self.answer(Call(method="GET", path=path("jobs", job_id), read=_dictionary, params=params))
 
-    def _with_key(self, call: Call[T]) -> Call[T]:
-        """A call whose repetitions the service knows as such, where that is worth something.
+    def _key(self) -> str:
+        """Of the caller, or a new one."""
+        return self.options.idempotency_key or secrets.token_hex(16)
 
-        An answer with a key is kept for an hour. Where the same answer is made anew within milliseconds it is not.
-        """
-        key = self.options.idempotency_key or (secrets.token_hex(16) if call.keyed else None)
+    def _with_key(self, call: Call[T], key: str | None) -> Call[T]:
+        """A call whose repetitions the service knows as such."""
         if call.method != "POST" or key is None:
             return call
         return replace(call, headers={**call.headers, "Idempotency-Key": key})

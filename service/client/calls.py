@@ -37,9 +37,8 @@ class Call(Generic[T]):
     params: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
-    """Whether it may come twice, when nobody knows whether it has come."""
-    keyed: bool = False
-    """Whether it gets an Idempotency-Key, for which the service keeps its answer."""
+    """Whether it may come twice, when nobody knows whether it has come. What the operations do leaves no trace, and the
+    service gives up what it does for a connection that broke."""
 
 
 class SamplerFields(TypedDict, total=False):
@@ -121,18 +120,18 @@ class ClassifyFields(ImagesFields, total=False):
 
 def sample(**fields: Unpack[SampleFields]) -> Call[Images]:
     """Draw images of a class, or of none; image i uses seed + i."""
-    return Call(method="POST", path="/v1/sample", read=Images.model_validate, json=_named(fields), keyed=True)
+    return Call(method="POST", path="/v1/sample", read=Images.model_validate, json=_named(fields))
 
 
 def decode(latents: Sequence[LatentLike] | NDArray[Any], **fields: Unpack[DecodeFields]) -> Call[Images]:
     """Turn latents into images: the exact inverse of ``encode``."""
     body = {**_named(fields), "latents": latents_of(latents)}
-    return Call(method="POST", path="/v1/decode", read=Images.model_validate, json=body, keyed=True)
+    return Call(method="POST", path="/v1/decode", read=Images.model_validate, json=body)
 
 
 def denoise(images: ImageLike | Sequence[ImageLike], **fields: Unpack[DenoiseFields]) -> Call[Images]:
     """Remove noise of the model's training strength from images."""
-    return _of_images("/v1/denoise", Images.model_validate, images, fields, keyed=True)
+    return _of_images("/v1/denoise", Images.model_validate, images, fields)
 
 
 def score(images: ImageLike | Sequence[ImageLike], **fields: Unpack[ScoreFields]) -> Call[Scores]:
@@ -165,15 +164,13 @@ def _of_images(
     read: Callable[[Any], T],
     images: ImageLike | Sequence[ImageLike],
     fields: Mapping[str, Any],
-    *,
-    keyed: bool = False,
 ) -> Call[T]:
     """A form with files. But a number is no text: who gives one as the class means an index and not a name."""
     files, named = files_of(images), _named(fields)
     if not isinstance(named.get("class"), int):
-        return Call(method="POST", path=path, read=read, form=form(named), files=files, keyed=keyed)
+        return Call(method="POST", path=path, read=read, form=form(named), files=files)
     body = {**named, "images": [base64.b64encode(data).decode() for _, data in files]}
-    return Call(method="POST", path=path, read=read, json=body, keyed=keyed)
+    return Call(method="POST", path=path, read=read, json=body)
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Patience:
     def after(self, error: TarflowError, *, repeatable: bool) -> float:
         """Seconds until the next attempt; raises the error where there is to be none.
 
-        ``repeatable`` says whether the request may come twice: the service has its idempotency key, or nothing
+        ``repeatable`` says whether the request may come twice: the service knows its idempotency key, or nothing
         changes by it.
         """
         wanted = error.retry_after if isinstance(error, ApiError) else None

@@ -31,7 +31,7 @@ def done(*arguments: object) -> str:
     """What a command prints that goes well, without the name of the file that it writes."""
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    return re.sub(r"\S*/(here|there)", "", result.stdout)
+    return re.sub(r'[^\s"]*/(here|there)', "", result.stdout)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_sample_asks_for_many_in_parts(front: Front, tmp_path: Path) -> None:
     done("sample", out, "--model", "tiny-cond", "--num", "70", "--seed", "100", "--url", front.url)
     asked = [json.loads(request.body) for request in front.requests]
     assert [(body["seed"], body["num_images"]) for body in asked] == [(100, 64), (164, 6)]
-    assert opened(out.read_bytes()).shape == (8 * 13 - 1, 9 * 13 - 1)
+    assert opened(out.read_bytes()).shape == (8 * 17 - 1, 9 * 17 - 1, 3)
 
 
 def test_the_service_s_first_model_is_the_usual_one(front: Front, tmp_path: Path) -> None:
@@ -90,7 +90,14 @@ def close(mine: Any, theirs: Any) -> bool:
         ("tiny-uniform", []),
     ],
 )
-def test_score_says_the_same(server: ServerProcess, models: Path, tmp_path: Path, model: str, flags: list[str]) -> None:
+def test_score_says_the_same(
+    server: ServerProcess,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    flags: list[str],
+) -> None:
     image = normal(1, 12, seed=3)[0]
     image[2:6, 7:11] = 255
     paths = [tmp_path / "a" / "image.png", tmp_path / "b" / "image.png"]
@@ -105,7 +112,14 @@ def test_score_says_the_same(server: ServerProcess, models: Path, tmp_path: Path
         for name in ("image.png", "image-2.png"):
             first, second = (opened((tmp_path / where / name).read_bytes()) for where in ("here", "there"))
             assert first.shape == second.shape
-    assert done("score", *paths, "--model", model, *there, "--url", server.url).count("image.png") == 2
+    monkeypatch.setenv("COLUMNS", "400")
+    tables = [
+        done("score", *paths, "--model", models / model, *here),
+        done("score", *paths, "--model", model, *there, "--url", server.url),
+    ]
+    for table in tables:
+        assert table.count("image.png") == 2
+    assert tables[0].splitlines()[-1] == tables[1].splitlines()[-1]
 
 
 def test_score_takes_a_calibration_by_its_name(tarflow: Client, server: ServerProcess, tmp_path: Path) -> None:
@@ -169,7 +183,8 @@ def test_a_key_is_sent(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert secret not in repr(client._caller.options)
         job = client.sample.submit()
         assert job.result().id == job.id
-        assert [each.id for each in client.jobs.list()] == [job.id]
+        assert client.jobs.list()[0].id == job.id
+        assert {each.op for each in client.jobs.list()} == {"sample"}
 
 
 def test_commands_with_a_url_need_no_torch(server: ServerProcess, tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 def test_every_example_works(server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    known: dict[str, object] = {"__name__": "examples"}
+    known: dict[str, object] = {}
     for language, code in EXAMPLES:
-        assert "http://127.0.0.1:8000" in PAGE
         here = code.replace("http://127.0.0.1:8000", server.url)
         if language == "python":
             exec(compile(here, "docs/client.md", "exec"), known)  # noqa: S102

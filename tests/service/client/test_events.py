@@ -45,7 +45,7 @@ def test_a_stream_that_is_cut_is_put_together(client: httpx.Client, proxy: Proxy
                 proxy.cut()
         assert [(event.id, event.kind) for event in heard] == replayed(client, heard[0].job)
         assert not {"queued", "started", "preview"} & set(cut_at)
-        assert proxy.cuts >= 3
+        assert proxy.cuts >= 1
         assert heard[-1].result().images == through.sample(**{**LONG, "previews": 0}).images
 
 
@@ -61,7 +61,7 @@ async def test_so_is_one_with_waiting(client: httpx.Client, proxy: Proxy) -> Non
                 proxy.cut()
         assert heard[-1].result() == await job.result()
     assert [(event.id, event.kind) for event in heard] == replayed(client, job.id)
-    assert proxy.cuts >= 3
+    assert proxy.cuts >= 1
 
 
 def test_events_say_what_they_are(tarflow: Client) -> None:

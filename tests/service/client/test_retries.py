@@ -55,15 +55,14 @@ async def test_what_is_refused_twice_comes_through(front: Front, script: list[Ac
     with Client(front.url, max_retries=2) as client:
         first = client.sample(model="tiny-cond", seed=3)
     assert len(front.requests) == 3
-    assert len(set(front.keys())) == 1
-    assert front.keys()[0] is not None
     front.script = list(script)
     async with AsyncClient(front.url, max_retries=2) as waiting:
         second = await waiting.sample(model="tiny-cond", seed=3)
     assert second.images == first.images
     assert second.id != first.id
     assert len(front.requests) == 6
-    assert len(set(front.keys())) == 2
+    # The service would keep the answers.
+    assert set(front.keys()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -118,19 +117,20 @@ def test_a_repeated_job_is_the_same_job(front: Front, patient: Client, breaks: A
         assert first.json()["id"] == job.id
         assert [each.id for each in patient.jobs.list(100)].count(job.id) == 1
         assert result.id == job.id
-        assert front.keys()[0] == front.keys()[1]
+        assert front.keys()[0] == front.keys()[1] is not None
 
 
 @pytest.mark.parametrize("breaks", [lose_the_answer, break_at_once])
 def test_a_repeated_call_is_answered_as_the_first(front: Front, patient: Client, breaks: Act) -> None:
     """Also while the first is still being worked on."""
     front.script = [breaks]
+    key = f"a-call-with-{breaks.__name__}"
     with patient:
-        found = patient.sample(num_images=8)
+        found = patient.with_options(idempotency_key=key).sample(num_images=8)
     for thread in front.behind:
         thread.join()
     assert {found.id} == {request.answer.json()["id"] for request in front.requests if is_good(request.answer)}
-    assert len(set(front.keys())) == 1
+    assert set(front.keys()) == {key}
 
 
 def is_good(response: httpx.Response | None) -> bool:
@@ -151,14 +151,6 @@ def test_a_key_of_one_s_own_is_used(front: Front, patient: Client) -> None:
         keyed = patient.with_options(idempotency_key="mine")
         assert keyed.sample(model="tiny-cond") == keyed.sample(model="tiny-cond")
     assert front.keys() == ["mine", "mine"]
-
-
-def test_what_costs_milliseconds_is_not_kept(front: Front, patient: Client) -> None:
-    """It has no key, and is repeated nevertheless: the same comes out."""
-    front.script = [lose_the_answer]
-    with patient:
-        patient.score(GREY, model="tiny-cond")
-    assert front.keys() == [None, None]
 
 
 def test_calibrations_are_not_made_twice(front: Front, patient: Client) -> None:
@@ -199,7 +191,8 @@ def test_timeouts_are_httpx_own() -> None:
 
 def test_the_service_is_told_how_long_to_work(tarflow: Client, front: Front) -> None:
     with Client(front.url, request_timeout=1e-3, max_retries=0) as client:
-        with pytest.raises(errors.TimedOut):
+        # Whichever the service notices first.
+        with pytest.raises((errors.TimedOut, errors.SlowBody)):
             client.score(GREY, model="tiny-cond")
         client.with_options(request_timeout=30).score(GREY, model="tiny-cond")
     assert [request.headers["x-request-timeout"] for request in front.requests] == ["0.001", "30"]
