@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from service import errors as theirs
-from service.api.envelope import STATUS, render
+from service.api.envelope import STATUS, body
 from service.client import (
     ApiError,
     AsyncClient,
@@ -33,9 +33,8 @@ GREY = pixels(12)
 
 def refusal(error: theirs.ServiceError, **headers: str) -> Act:
     """What the service answers to say this; to try again at once, where nothing else is said."""
-    response = render(error)
     told = {"retry_after": "0", **headers}
-    return answer(response.status_code, bytes(response.body), content_type="application/json", **told)
+    return answer(STATUS[type(error)], json.dumps(body(error)).encode(), content_type="application/json", **told)
 
 
 BUSY = refusal(theirs.Overloaded("full"))
@@ -232,8 +231,7 @@ def test_the_tree_is_the_service_s(kind: type[theirs.ServiceError]) -> None:
     ],
 )
 def test_errors_of_jobs_are_the_same(kind: type[theirs.ServiceError]) -> None:
-    body = json.loads(bytes(render(kind("gone", param="field")).body))["error"]
-    mine = errors.of_body(body)
+    mine = errors.of_body(body(kind("gone", param="field"))["error"])
     assert (type(mine).__name__, mine.status, mine.param) == (kind.__name__, STATUS[kind], "field")
 
 
