@@ -96,7 +96,9 @@ class LongWork:
         for cohort in self._cohorts:
             for part in cohort.parts:
                 fractions[part.job.id] += cohort.fraction * part.rows / part.job.rows
-                blocks[part.job.id] = cohort.block
+                # Of a job in several cohorts the one that is furthest behind: it does not go back and forth.
+                behind = blocks.get(part.job.id, cohort.block)
+                blocks[part.job.id] = None if behind is None or cohort.block is None else min(behind, cohort.block)
         return [
             Held(job_id=job.id, attempt=job.attempt, fraction=min(1.0, fractions[job.id]), block=blocks.get(job.id))
             for job in self.jobs

@@ -10,11 +10,11 @@ import anyio.to_thread
 from service.api.context import Context
 from service.api.jobs.wishes import Wishes, fingerprint
 from service.api.recipes.base import Prepared
-from service.api.recipes.stored import packed
+from service.api.recipes.stored import packed, unknown_job
 from service.api.running import disconnected
 from service.broker.base import Accepted, JobStatus
 from service.drain import Drain
-from service.errors import Canceled, NotFound, TimedOut
+from service.errors import Canceled, TimedOut
 from service.jobs import FINAL, Job, JobResult
 
 
@@ -46,11 +46,7 @@ async def own_job(context: Context, job_id: str) -> JobStatus:
     """Where a job of this caller stands; those of others are not there."""
     status = await context.broker.status(job_id)
     if status.caller != context.caller.name:
-        raise NotFound(
-            f"job: {job_id[:100]!r} is not known; results are kept for a limited time",
-            code="job_not_found",
-            param="job",
-        )
+        raise unknown_job(job_id)
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -55,11 +56,11 @@ def wishes_of(request: Request) -> Wishes:
     """Read Prefer, Accept and Idempotency-Key; raises ``InvalidRequest`` for a key that cannot be one."""
     headers = request.headers
     accept = headers.get("accept", "")
-    streams = EVENT_STREAM in accept and _prefers_events(accept)
-    prefer, key = headers.getlist("prefer"), headers.get("idempotency-key")
+    streams = EVENT_STREAM in accept.lower() and _prefers_events(accept)
+    prefer, keys = headers.getlist("prefer"), headers.getlist("idempotency-key")
     preferences = _preferences(prefer)
     asynchronous = "respond-async" in preferences
-    if not (streams or asynchronous or key is not None):
+    if not (streams or asynchronous or keys):
         return USUAL
     # Preferences that cannot be understood are to be ignored.
     wait = preferences.get("wait", "")
@@ -67,7 +68,7 @@ def wishes_of(request: Request) -> Wishes:
         mode=Mode.STREAM if streams else Mode.ASYNC if asynchronous else Mode.SYNC,
         asynchronous=asynchronous,
         wait=int(wait) if wait.isascii() and wait.isdecimal() and len(wait) < 10 else None,
-        idempotency_key=_checked(key),
+        idempotency_key=_checked(keys),
     )
 
 
@@ -86,8 +87,13 @@ def _preferences(headers: list[str]) -> dict[str, str]:
     return found
 
 
-def _checked(key: str | None) -> str | None:
-    if key is not None and not _KEY.fullmatch(key):
+def _checked(keys: list[str]) -> str | None:
+    if not keys:
+        return None
+    if len(keys) > 1:
+        raise InvalidRequest(f"Idempotency-Key: got {len(keys)} of them, allowed is one", param="Idempotency-Key")
+    [key] = keys
+    if not _KEY.fullmatch(key):
         raise InvalidRequest(
             f"Idempotency-Key: got {len(key)} characters ({key[:40]!r}), allowed are 1 to {LONGEST_KEY} visible ASCII "
             "characters",
@@ -106,9 +112,12 @@ def fingerprint(request: Request, prepared: Prepared, mode: Mode) -> str:
 
     for text in (request.method, request.url.path, mode):
         add(text.encode())
-    # Only what was sent: a field that says what would be taken anyhow may mean more than none. Images are beside it.
-    fields = prepared.body.model_dump_json(exclude_unset=True, exclude={"images"})
-    add(fields.encode())
+    # Only what was sent: a field that says what would be taken anyhow may mean more than none. Images are beside it,
+    # and what nobody knows is ignored here, too.
+    ignored = {"images", *(prepared.body.model_extra or ())}
+    fields = prepared.body.model_dump(exclude_unset=True, exclude=ignored)
+    # Pydantic's own writer refuses half a surrogate pair, which a text may have.
+    add(json.dumps(fields).encode())
     for upload in prepared.uploads:
         add((upload.filename or "").encode())
         add(upload.data)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Response
 from fastapi.sse import EventSourceResponse
 from pydantic import BaseModel
@@ -15,6 +16,7 @@ from service.api.context import Context, ContextDependency, class_name
 from service.api.jobs.answering import HOW, answer
 from service.api.jobs.following import KEPT_SECONDS
 from service.api.jobs.keeping import previewing
+from service.api.jobs.wishes import Wishes, wishes_of
 from service.api.openai_images.prompts import class_of
 from service.api.openai_images.schemas import (
     CompletedEvent,
@@ -28,6 +30,7 @@ from service.api.openai_images.schemas import (
 from service.api.openai_images.streaming import GenerationStream
 from service.api.recipes.base import Done, Prepared
 from service.api.recipes.images import ImagesRecipe
+from service.api.recipes.stored import packed
 from service.api.running import timing_of
 from service.api.sampling import prepare_sample
 from service.api.schemas import ErrorResponse, ImageResult, ImagesResponse, Notice, SampleRequest, SamplerFields
@@ -93,6 +96,16 @@ def native(body: GenerationRequest, model: ModelInfo) -> SampleRequest:
     return SampleRequest(**{**fields, **more, "class": name}, model=model.name, num_images=body.n or 1, seed=body.seed)
 
 
+def check_streams(wishes: Wishes) -> None:
+    """Refuse what a stream of this API cannot give: its events are not kept to be told again."""
+    if wishes.asynchronous or wishes.idempotency_key is not None:
+        name = "Idempotency-Key" if wishes.idempotency_key is not None else "Prefer: respond-async"
+        raise InvalidRequest(
+            f"stream: got true with {name}, allowed with it is false; /v1/sample has streams that can be repeated",
+            param="stream",
+        )
+
+
 def usage_of(model: ModelInfo, images: Sequence[ImageResult]) -> Usage:
     """Tokens of the model itself: a class is one, an image as many as it has patches."""
     text, image = int(images[0].class_ is not None), len(images) * model.flow.num_patches
@@ -141,6 +154,7 @@ async def generate(body: GenerationRequest, context: ContextDependency) -> Respo
         raise AssertionError("samples are images")
     prepared = replace(prepared, recipe=replace(recipe, quality=body.output_compression), body=body)
     if body.stream:
+        check_streams(wishes_of(context.request))
         return await _streamed(context, body, model, prepared)
     found = await answer(context, prepared)
     # Headers may ask for an asynchronous job or for the picture itself, which are our own.
@@ -162,7 +176,8 @@ async def _streamed(
 ) -> GenerationStream:
     """The events of a job, which is refused before any is sent."""
     start, job = time.monotonic(), prepared.job
-    terms = context.terms(keep_seconds=KEPT_SECONDS, detached=True)
+    recipe = await anyio.to_thread.run_sync(packed, prepared)
+    terms = context.terms(keep_seconds=KEPT_SECONDS, detached=True, recipe=recipe)
     await context.door.submit(previewing(job, prepared.previews), terms)
 
     async def finish(result: JobResult) -> CompletedEvent:

@@ -13,7 +13,7 @@ from service.api.recipes.latents import LatentsRecipe
 from service.api.recipes.scores import ScoresRecipe
 from service.api.running import timing
 from service.broker.base import JobStatus
-from service.errors import InternalError
+from service.errors import InternalError, NotFound
 from service.jobs import JobResult, Op
 from service.messages import MessageError, pack, unpack
 
@@ -32,9 +32,19 @@ def packed(prepared: Prepared) -> bytes:
     return pack(prepared.recipe.to_wire())
 
 
+def unknown_job(job_id: str) -> NotFound:
+    """The error for a job that is not there, or not for this caller."""
+    return NotFound(
+        f"job: {job_id[:100]!r} is not known; results are kept for a limited time", code="job_not_found", param="job"
+    )
+
+
 async def recipe_of(context: Context, status: JobStatus) -> Recipe:
     """The recipe that was kept with a job; raises ``NotFound``, or where what it is about has changed since."""
     data = await context.broker.recipe(status.id)
+    if not data:
+        # It was answered to who asked for it, and only waits to be forgotten.
+        raise unknown_job(status.id)
     try:
         return await RECIPES[status.op].from_wire(context, status.model, unpack(data))
     except (MessageError, LookupError, TypeError) as error:

@@ -77,6 +77,22 @@ def test_the_events_on_the_wire(client: httpx.Client) -> None:
     assert all(len(lines) == 2 and lines[1].startswith('data: {"') for lines in events)
 
 
+@pytest.mark.parametrize("headers", [{"Idempotency-Key": "stream"}, {"Prefer": "respond-async"}])
+def test_what_a_stream_cannot_give_is_refused(library: openai.OpenAI, headers: dict[str, str]) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        library.images.generate(prompt="dog", model="tiny-cond", stream=True, extra_headers=headers)
+    assert caught.value.param == "stream"
+    assert next(iter(headers)) in caught.value.message
+
+
+def test_the_job_of_a_stream_can_be_read(client: httpx.Client) -> None:
+    asked = {"prompt": "dog", "model": "tiny-cond", "stream": True}
+    answer = client.post("/v1/images/generations", json=asked)
+    job = client.get(f"/v1/jobs/{answer.headers['x-tarflow-job']}").json()
+    assert job["state"] == "completed"
+    assert job["result"]["images"][0]["b64"] in answer.text
+
+
 @pytest.mark.anyio
 async def test_the_asynchronous_client_streams(server: ServerProcess) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE) as library:
