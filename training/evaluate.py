@@ -29,6 +29,9 @@ from training.noisy import noisy_batches
 from training.provenance import training_split
 from training.soundness import Soundness, sample_soundness
 
+RAW_BITS = 8.0
+"""Bits of a pixel value as it is."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -98,23 +101,39 @@ class Evaluation:
     model's bits/dim are a bound on a lossless code too, under uniform dequantization."""
 
     @property
+    def escaping_bits(self) -> Estimate | None:
+        """Of a lossless code that stores an image raw where the model is no better, and spends a bit an image to say
+        which; only where bits/dim are a bound on such a code."""
+        if self.codes is None:
+            return None
+        raw = np.where(np.isfinite(self.bits), np.minimum(self.bits, RAW_BITS), RAW_BITS)
+        return estimate(raw + 1 / self.bundle.config.flow.num_dims)
+
+    @property
     def gap(self) -> Estimate | None:
         """Split minus training images: how much worse the model is on images it has not seen."""
         if self.train_bits is None:
             return None
-        ours, theirs = estimate(self.bits), estimate(self.train_bits)
+        ours, theirs = estimate(finite(self.bits)), estimate(finite(self.train_bits))
         return Estimate(ours.mean - theirs.mean, math.hypot(ours.standard_error, theirs.standard_error))
 
 
+def finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values that are; an image far from all that a model has seen may have a density too small for a number."""
+    return values[np.isfinite(values)]
+
+
 def estimate(values: NDArray[np.float64]) -> Estimate:
-    """Mean and standard error of (N,) values; the error of a single value is infinite."""
+    """Mean and standard error of (N,) values; the error of a single value is infinite, the mean of none is nan."""
     count = len(values)
+    if not count:
+        return Estimate(math.nan, math.inf)
     error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
     return Estimate(float(values.mean()), error)
 
 
 def paired_difference(first: Evaluation, second: Evaluation) -> Estimate:
-    """Second minus first, image by image with the same noise.
+    """Second minus first, image by image with the same noise, where both are finite.
 
     Raises ``ValueError`` when the two figures do not measure the same thing.
     """
@@ -126,7 +145,8 @@ def paired_difference(first: Evaluation, second: Evaluation) -> Estimate:
         )
     if (ours.flow.image_size, ours.flow.channels) != (theirs.flow.image_size, theirs.flow.channels):
         raise ValueError(f"{ours.name} and {theirs.name} score images of different size or colours: not comparable")
-    return estimate(second.bits - first.bits)
+    both = np.isfinite(first.bits) & np.isfinite(second.bits)
+    return estimate(second.bits[both] - first.bits[both])
 
 
 def paired_accuracy(first: Evaluation, second: Evaluation) -> Estimate:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model.anomaly.codec import CODECS
 from model.bundle import Bundle
 from training.accuracy import Accuracy
-from training.evaluate import Estimate, Evaluation, estimate, paired_accuracy, paired_difference
+from training.evaluate import Estimate, Evaluation, estimate, finite, paired_accuracy, paired_difference
 from training.soundness import MARGIN, Soundness
 
 MOST_SHOWN = 12
@@ -17,28 +20,34 @@ MOST_SHOWN = 12
 
 def lines(evaluation: Evaluation) -> list[str]:
     """The evaluation as a short list, the same on the terminal and in CARD.md."""
-    ours = estimate(evaluation.bits)
+    ours = estimate(finite(evaluation.bits))
     config = evaluation.bundle.config
     given = "given its class" if evaluation.conditional else "without a class"
     options = evaluation.options
     draws = f"{options.draws} noise draw{'s' if options.draws > 1 else ''} an image"
     text = [
         f"{options.split} bits/dim: {ours.mean:.4f} ± {ours.standard_error:.4f} (standard error) "
-        f"on {len(evaluation.bits):,} images of {evaluation.data_name}, each {given}",
+        f"on {_count(evaluation.bits)} images of {evaluation.data_name}, each {given}{_missing(evaluation.bits)}",
         f"protocol: {config.noise.kind} noise, {draws}, image i with the noise of seed {options.seed} + i, float32; "
         f"{config.noise.meaning}",
     ]
     gap = evaluation.gap
     if evaluation.train_bits is not None and gap is not None:
-        theirs = estimate(evaluation.train_bits)
+        theirs = estimate(finite(evaluation.train_bits))
         text += [
             f"train bits/dim: {theirs.mean:.4f} ± {theirs.standard_error:.4f} "
-            f"on {len(evaluation.train_bits):,} images that it was trained on, same noise seeds",
+            f"on {_count(evaluation.train_bits)} images that it was trained on, same noise seeds",
             f"train–test gap: {_signed(gap)}",
         ]
     else:
         text.append(f"train–test gap: none, {evaluation.no_gap_because}")
     if evaluation.codes is not None:
+        escaping = evaluation.escaping_bits
+        if escaping is not None:
+            text.append(
+                f"as a lossless code that stores raw what the model is no help with, at a bit an image: "
+                f"{escaping.mean:.4f} ± {escaping.standard_error:.4f} bits/dim on all {len(evaluation.bits):,} images"
+            )
         means = ", ".join(f"{name} {value:.4f}" for name, value in _codes(evaluation).items())
         text.append(f"lossless files of the same images, headers included: {means} bits/dim")
     if options.accuracy:
@@ -46,6 +55,19 @@ def lines(evaluation: Evaluation) -> list[str]:
     if evaluation.soundness is not None:
         text.append(f"samples: {_soundness(evaluation.soundness)}")
     return text
+
+
+def _count(values: NDArray[np.float64]) -> str:
+    """How many figures there are, of how many images where some have none."""
+    found = len(finite(values))
+    return f"{found:,}" if found == len(values) else f"{found:,} of {len(values):,}"
+
+
+def _missing(values: NDArray[np.float64]) -> str:
+    missing = len(values) - len(finite(values))
+    if not missing:
+        return ""
+    return f"; the density of the other {f'{missing:,} ' if missing > 1 else ''}is too small for a finite number"
 
 
 def _soundness(found: Soundness) -> str:
@@ -152,10 +174,12 @@ def _evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "seed": options.seed,
         "noise": config.noise.to_dict(),
         "protocol": config.noise.meaning,
-        "bits_per_dim": _estimate_json(estimate(evaluation.bits)),
+        "not_finite": len(evaluation.bits) - len(finite(evaluation.bits)),
+        "bits_per_dim": _estimate_json(estimate(finite(evaluation.bits))),
+        "escaping_bits_per_dim": None if (code := evaluation.escaping_bits) is None else _estimate_json(code),
         "lossless_bits_per_dim": _codes(evaluation) or None,
         "train_num_images": None if train is None else len(train),
-        "train_bits_per_dim": None if train is None else _estimate_json(estimate(train)),
+        "train_bits_per_dim": None if train is None else _estimate_json(estimate(finite(train))),
         "no_gap_because": evaluation.no_gap_because or None,
         "train_test_gap": None if gap is None else _estimate_json(gap),
         **({"bayes_accuracy": _accuracy_json(evaluation)} if options.accuracy else {}),

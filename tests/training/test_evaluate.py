@@ -233,6 +233,32 @@ def test_accuracy_comes_when_it_is_asked_for(bundle: Bundle, idx_data: Path) -> 
     assert (document["num_images"], document["draws"], document["prior"]) == (20, 2, {"0": 0.5, "1": 0.5})
 
 
+def test_images_without_a_finite_figure_are_told(bundle: Bundle, idx_data: Path, tmp_path: Path) -> None:
+    other = other_bundle(bundle, UNIFORM, tmp_path / "other")
+    whole = evaluate_bundle(other, idx_data, EvaluationOptions(train_limit=0), CPU)
+    bits = whole.bits.copy()
+    bits[3] = np.inf
+    found = replace(whole, bits=bits)
+    rest = np.delete(whole.bits, 3)
+    line, *others = lines(found)
+    assert line.startswith(f"test bits/dim: {rest.mean():.4f} ± ")
+    assert "on 19 of 20 images" in line
+    assert line.endswith("; the density of the other is too small for a finite number")
+    assert "too small" not in lines(whole)[0]
+    # A code may always fall back on the 8 bits of every value, if it says so.
+    expected = (np.minimum(rest, 8).sum() + 8) / 20 + 1 / 64
+    assert found.escaping_bits is not None
+    assert found.escaping_bits.mean == pytest.approx(expected)
+    assert any(f"at a bit an image: {expected:.4f}" in text for text in others)
+    document = to_json([found, whole])
+    assert json.loads(json.dumps(document, allow_nan=False))
+    assert document["evaluations"][0]["not_finite"] == 1
+    assert document["evaluations"][0]["bits_per_dim"]["mean"] == pytest.approx(rest.mean())
+    assert paired_difference(found, whole).mean == 0
+    gaussian = evaluate_bundle(bundle, idx_data, EvaluationOptions(train_limit=0), CPU)
+    assert gaussian.escaping_bits is None
+
+
 def test_samples_are_counted_when_it_is_asked_for(bundle: Bundle, idx_data: Path) -> None:
     seen: list[tuple[int, int]] = []
     options = EvaluationOptions(samples=3, train_limit=0)
