@@ -234,8 +234,8 @@ class ServeSettings(Settings, ComputeSettings):
     max_kept_bytes: int = Field(
         2**30,
         ge=1024,
-        description="Bytes of kept results, about, from which on new requests for jobs that outlive their connection "
-        "are answered with 429 until some have expired.",
+        description="Bytes of kept results and their jobs, about, from which on new requests for jobs that outlive "
+        "their connection are answered with 429 until some have expired.",
     )
 
     @property

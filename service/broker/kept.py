@@ -11,9 +11,16 @@ import numpy as np
 from service.broker.base import RETRY_AFTER_SECONDS
 from service.errors import Overloaded
 
+ENTRY_BYTES = 8192
+"""What a job takes besides its arrays and its recipe: ids, terms, its place in tables. That is about 2 kB, more
+with many arrays; without it a flood of small jobs would be bounded by nothing."""
+
+EVENT_BYTES = 512
+"""The same of an event, of which a job may have many."""
+
 
 class Kept:
-    """Bytes of results, previews and recipes by job; nothing goes before its time, so new jobs must wait."""
+    """Bytes of jobs with their results, events and recipes; nothing goes before its time, so new jobs must wait."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -30,9 +37,8 @@ class Kept:
                 retry_after=RETRY_AFTER_SECONDS,
             )
 
-    def add(self, job_id: str, values: Iterable[Any]) -> None:
-        """Count what there is to a job from now on: bytes and arrays; all else is small."""
-        size = sum(value.nbytes if isinstance(value, np.ndarray) else len(value) for value in values if _counts(value))
+    def add(self, job_id: str, size: int) -> None:
+        """Count so many bytes more, or fewer, from now on."""
         self._bytes[job_id] += size
         self._total += size
 
@@ -41,5 +47,10 @@ class Kept:
         self._total -= self._bytes.pop(job_id, 0)
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, bytes | np.ndarray)
+def size_of(values: Iterable[Any]) -> int:
+    """Of bytes and arrays; all else is small."""
+    return sum(
+        value.nbytes if isinstance(value, np.ndarray) else len(value)
+        for value in values
+        if isinstance(value, bytes | np.ndarray)
+    )

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from service.broker.base import (
@@ -127,8 +128,8 @@ class MemoryBroker(Broker):
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
         """The caller's detached jobs, newest first."""
         entries = reversed(self._ledger.entries.values())
-        own = [e for e in entries if e.terms.detached and e.terms.caller == caller]
-        return [self._ledger.status(entry) for entry in own[:limit]]
+        own = (e for e in entries if e.terms.detached and e.terms.caller == caller)
+        return [self._ledger.status(entry) for entry in islice(own, limit)]
 
     async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
         """A job's events, to its last."""

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -228,7 +229,10 @@ class RedisBroker(Broker):
         return recipe or b""
 
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
-        return [status_of(values) for values in await self._calls.run("status", "", name_of(caller), limit)]
+        found: Any = 0
+        while found == 0:  # so far it was busy with what is forgotten
+            found = await self._calls.run("status", "", name_of(caller), limit)
+        return [status_of(values) for values in found]
 
     async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
         key, names = self._keys.events(job_id), ("state", "detached")

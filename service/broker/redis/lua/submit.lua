@@ -38,9 +38,10 @@ if arg(21) ~= '' then call('HSET', key, 'recipe', arg(21)) end
 if idempotency ~= '' then call('SET', idempotency, id .. ' ' .. arg(15)) end
 if detached == '1' then
   event(id, 'queued')
-  -- The list of a caller's jobs outlives every job in it, and is cleared from its old end as it grows.
+  -- The list of a caller's jobs outlives every job in it. More is looked at than is added, wherever it is in the list, so
+  -- that those forgotten cannot outnumber the others for long.
   local list = P .. 'jobs:' .. arg(16)
-  for _, old in ipairs(call('ZRANGE', list, 0, 1)) do
+  for _, old in ipairs(call('ZRANDMEMBER', list, 4)) do
     if call('EXISTS', P .. 'job:' .. old) == 0 then call('ZREM', list, old) end
   end
   call('ZADD', list, number, id)
