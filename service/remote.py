@@ -109,8 +109,9 @@ def score(
         images.append(
             {
                 "file": str(path),
-                "log_likelihood": image.log_likelihood,
-                "bits_per_dim": image.bits_per_dim,
+                # One that is not finite is null in JSON.
+                "log_likelihood": math.nan if image.log_likelihood is None else image.log_likelihood,
+                "bits_per_dim": math.nan if image.bits_per_dim is None else image.bits_per_dim,
                 "warnings": [warning.message for warning in image.warnings],
                 **({name: told[name] for name in VERDICT} if image.is_anomaly is not None else {}),
             }
@@ -128,7 +129,9 @@ def score(
 
 def _model(client: Client, name: str | None) -> ModelDetails:
     if name is None:
-        [name] = [model.id for model in client.models.list() if model.default]
+        name = next((model.id for model in client.models.list() if model.default), None)
+    if name is None:
+        raise ValueError("model: the service has none; start it with one, or name one that it has with --model")
     return client.models.get(name)
 
 

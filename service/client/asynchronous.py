@@ -99,8 +99,8 @@ class AsyncClient:
         return other
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        await self._caller.connection.end()
+        """Leave the streams that are open, and close all connections."""
+        await self._caller.end()
 
     async def __aenter__(self) -> Self:
         return self
@@ -111,7 +111,10 @@ class AsyncClient:
 
 def checked(url: str, **options: Any) -> Options:
     """The options of a client; raises ``ValueError`` naming one that is wrong."""
-    parsed = httpx.URL(url) if url.startswith(("http://", "https://")) else None
+    try:
+        parsed = httpx.URL(url) if url.startswith(("http://", "https://")) else None
+    except httpx.InvalidURL:
+        parsed = None
     if parsed is None or not parsed.host or parsed.query or parsed.fragment:
         raise ValueError(f"url: got {url!r}, allowed is that of a service: http://127.0.0.1:8000")
     return Options(url=url.rstrip("/"), **options)

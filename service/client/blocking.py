@@ -187,8 +187,8 @@ class Client:
         return other
 
     def close(self) -> None:
-        """Close all connections."""
-        run(self._caller.connection.end())
+        """Leave the streams that are open, and close all connections."""
+        run(self._caller.end())
 
     def __enter__(self) -> Self:
         return self

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from service.client import errors
 from service.client.answers import ANSWERS, JobDocument
 from service.client.calls import Call, path
-from service.client.connection import Connection
+from service.client.connection import LAST_WORDS_SECONDS, Connection
 from service.client.errors import ConnectionFailed, TarflowError, UnexpectedAnswer
 from service.client.events import RECONNECT, Event, Parser, event_of
 from service.client.retries import Patience
@@ -57,10 +57,22 @@ class Caller:
 
     def __init__(self, connection: Connection, options: Options) -> None:
         self.connection, self.options = connection, options
+        self._streams: set[_Stream] = set()
 
     def using(self, **changes: Unpack[Changes]) -> Caller:
         """The same with other options."""
-        return Caller(self.connection, replace(self.options, **changes))
+        other = Caller(self.connection, replace(self.options, **changes))
+        other._streams = self._streams
+        return other
+
+    async def end(self) -> None:
+        """Leave the streams that are open, and close all connections."""
+        try:
+            for stream in list(self._streams):
+                with self.connection.last_words():
+                    await stream.leave()
+        finally:
+            await self.connection.end()
 
     async def answer(self, call: Call[T]) -> T:
         """Send a call, and read what comes.
@@ -80,25 +92,43 @@ class Caller:
 
         Who leaves before the end cancels the job, unless the key is one of the caller's own: such may come back.
         """
-        opening = replace(call, headers={**call.headers, "Accept": "text/event-stream"})
-        events, job_id, ended = self._told(self._with_key(opening, self._key()), call.read), None, False
+        asked = replace(call, headers={**call.headers, "Accept": "text/event-stream"})
+        opening = self._with_key(asked, self._key())
+        stream = _Stream(self, opening)
+        events = self._told(opening, call.read, stream)
+        if self.options.idempotency_key is None:
+            self._streams.add(stream)
         try:
             async for event in events:
-                job_id, ended = event.job, event.final
+                stream.is_over = event.final
                 yield event
+        except TarflowError:
+            # What was refused has made no job.
+            stream.is_over = not stream.job_id
+            raise
         finally:
             with self.connection.last_words():
                 await events.aclose()
-                if job_id is not None and not ended and self.options.idempotency_key is None:
-                    # Without an answer the job ends by itself, too.
-                    with suppress(TarflowError):
-                        await self.using(max_retries=0).answer(canceling(job_id))
+                if stream in self._streams:
+                    await stream.leave()
 
     def events(self, job_id: str, read: Callable[[Any], T], after: str | None = None) -> AsyncGenerator[Event[T], None]:
         """All that happens to a job behind an event, across connections; leaving it changes nothing."""
         return self._told(_following(job_id, after), read)
 
-    async def _told(self, opening: Call[Any], read: Callable[[Any], T]) -> AsyncGenerator[Event[T], None]:
+    async def begun(self, opening: Call[Any]) -> str:
+        """The job of a stream, of whose answer only the head is read."""
+        response = await self._opened(opening, read=LAST_WORDS_SECONDS)
+        await self.connection.close(response)
+        return str(response.headers.get("x-tarflow-job", ""))
+
+    def left(self, stream: _Stream) -> None:
+        """Forget a stream."""
+        self._streams.discard(stream)
+
+    async def _told(
+        self, opening: Call[Any], read: Callable[[Any], T], stream: _Stream | None = None
+    ) -> AsyncGenerator[Event[T], None]:
         patience = Patience(self.options.max_retries)
         call, last = opening, opening.headers.get("Last-Event-ID")
         while True:
@@ -110,6 +140,8 @@ class Caller:
                     return
                 if not job_id:
                     raise UnexpectedAnswer("a stream of events names no job")
+                if stream is not None:
+                    stream.job_id = job_id
                 parser = Parser()
                 async with aclosing(self.connection.lines(response)) as lines:
                     async for line in lines:
@@ -158,7 +190,8 @@ class Caller:
     async def _opened(self, call: Call[Any], *, read: float | None = None) -> httpx.Response:
         """The answer to a call, repeated until it is good or there is no hope; with ``read`` it is a stream, of which
         only the head is there."""
-        patience, request = Patience(self.options.max_retries), self._request(call, read)
+        patience = Patience(self.options.max_retries, self.options.request_timeout)
+        request = self._request(call, read)
         while True:
             try:
                 return await self._once(request, streams=read is not None)
@@ -200,6 +233,30 @@ class Caller:
             shorter = read if usual.read is None else min(read, usual.read)
             parts["timeout"] = httpx.Timeout(connect=usual.connect, read=shorter, write=usual.write, pool=usual.pool)
         return self.connection.build(call.method, options.url + call.path, **parts)
+
+
+class _Stream:
+    """A stream that is open, by which its job is given up when nobody hears of it any more."""
+
+    def __init__(self, caller: Caller, opening: Call[Any]) -> None:
+        self._caller, self._opening = caller, opening
+        self.job_id = ""
+        """Known as soon as the answer begins."""
+        self.is_over = False
+        """Whether there is nothing to give up."""
+
+    async def leave(self) -> None:
+        """Give the job up, unless it has ended; done once."""
+        self._caller.left(self)
+        if self.is_over:
+            return
+        once = self._caller.using(max_retries=0)
+        # Without an answer the job ends by itself, too.
+        with suppress(TarflowError):
+            # Nobody knows whether the request arrived. By its key the same request has the same job.
+            job_id = self.job_id or await once.begun(self._opening)
+            if job_id:
+                await once.answer(canceling(job_id))
 
 
 def canceling(job_id: str) -> Call[dict[str, Any]]:

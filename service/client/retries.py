@@ -13,13 +13,17 @@ LONGEST_RETRY_AFTER = 120.0
 JITTER = 0.25
 """Share by which a wait may be longer, so that clients that were refused together do not come back together."""
 IN_FLIGHT = "idempotency_in_flight"
+LONGEST_IN_FLIGHT = 600.0
+"""All waits together for an attempt that is being worked on, where no time is given: the service's own limit."""
 
 
 class Patience:
     """How often one request may still be repeated."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, in_flight: float | None = None) -> None:
+        """``in_flight`` are the seconds for which an attempt that is being worked on is waited for."""
         self._most, self._used = most, 0
+        self._left = LONGEST_IN_FLIGHT if in_flight is None else in_flight
 
     def reset(self) -> None:
         """Begin anew: it went well for a while."""
@@ -34,7 +38,11 @@ class Patience:
         wanted = error.retry_after if isinstance(error, ApiError) else None
         if isinstance(error, Conflict) and error.code == IN_FLIGHT:
             # The first attempt is being worked on, and ends by itself: waiting for it is no repetition.
-            return _longer(FIRST_SECONDS if wanted is None else wanted)
+            seconds = _longer(max(wanted or 0.0, FIRST_SECONDS))
+            if not self._most or seconds > self._left:
+                raise error
+            self._left -= seconds
+            return seconds
         if self._used >= self._most or not _may_be_repeated(error, repeatable) or (wanted or 0.0) > LONGEST_RETRY_AFTER:
             raise error
         self._used += 1

@@ -84,6 +84,29 @@ def swallow(front: Front, request: Request) -> None:
     """Break the connection, and pass nothing on."""
 
 
+def begin(front: Front, request: Request) -> httpx.Response:
+    """Pass it on, and back only the head of the answer, as soon as it is there."""
+    headers = {name: value for name, value in request.headers.items() if name not in OWN_HEADERS}
+    url = front.target + request.path
+    with httpx.stream(request.method, url, headers=headers, content=request.body, timeout=PATIENCE) as answer:
+        request.answer = httpx.Response(answer.status_code, headers=answer.headers)
+    return request.answer
+
+
+@dataclass
+class Held:
+    """Does an act, and then says nothing until it is let go; the connection breaks."""
+
+    act: Act
+    is_done: threading.Event = field(default_factory=threading.Event)
+    let_go: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, front: Front, request: Request) -> None:
+        self.act(front, request)
+        self.is_done.set()
+        self.let_go.wait(PATIENCE)
+
+
 @contextmanager
 def fronting(target: str) -> Iterator[Front]:
     """A front on a port of its own."""

@@ -185,7 +185,13 @@ def test_the_client_needs_neither_torch_nor_a_web_framework() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://host", "http://", "http://host?a=1", "http://host#a"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "127.0.0.1:8000", "ftp://host", "http://", "http://host?a=1", "http://host#a"),
+        *("http://[::1", "http://host:port", "http://ho\0st"),
+    ],
+)
 def test_what_is_no_url_is_refused(url: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(ValueError, match="url: got"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
@@ -16,7 +18,7 @@ from typer.testing import CliRunner, Result
 from service.access.keys import digest, new_secret
 from service.cli import app
 from service.client import Client, Forbidden, Unauthorized
-from tests.service.client.fronts import Front
+from tests.service.client.fronts import Front, Request, answer, forward
 from tests.service.conftest import Start
 from tests.service.pictures import file, normal, opened, pixels
 from tests.service.processes import ServerProcess, environment
@@ -120,6 +122,34 @@ def test_score_says_the_same(
     for table in tables:
         assert table.count("image.png") == 2
     assert tables[0].splitlines()[-1] == tables[1].splitlines()[-1]
+
+
+def without_likelihood(front: Front, request: Request) -> httpx.Response:
+    """Pass it on, and the answer back as that of an image whose likelihood is not finite."""
+    told = forward(front, request).json()
+    told["images"][0] |= {"log_likelihood": None, "bits_per_dim": None}
+    return httpx.Response(200, json=told)
+
+
+def test_a_likelihood_that_is_not_finite_is_nan(front: Front, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(file(pixels(12)))
+    front.script = [forward, without_likelihood] * 2
+    command = ["score", path, "--model", "tiny-cond", "--url", front.url]
+    assert done(*command).count("nan") == 2
+    [image] = json.loads(done(*command, "--json"))["images"]
+    assert math.isnan(image["log_likelihood"])
+    assert math.isnan(image["bits_per_dim"])
+
+
+def test_a_service_without_models_is_said(front: Front, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(file(pixels(12)))
+    front.script = [answer(200, '{"object": "list", "data": []}')]
+    refused = run("score", path, "--url", front.url)
+    assert refused.exit_code == 2
+    [line] = refused.stderr.splitlines()
+    assert line.startswith("Error: model: ")
 
 
 def test_score_takes_a_calibration_by_its_name(tarflow: Client, server: ServerProcess, tmp_path: Path) -> None:

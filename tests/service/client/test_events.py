@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import aclosing, closing
@@ -10,13 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
-from service.client import AsyncClient, Canceled, Client, ConnectionFailed, UnexpectedAnswer
+from service.client import ApiError, AsyncClient, Canceled, Client, ConnectionFailed, UnexpectedAnswer
 from service.client.events import Parser
 from tests.faults.proxy import Proxy, proxied
-from tests.service.client.fronts import Act, Front, answer, swallow
+from tests.service.client.fronts import Act, Front, Held, answer, begin, swallow
 from tests.service.events import told
 from tests.service.pictures import pixels
-from tests.service.processes import ServerProcess
+from tests.service.processes import PATIENCE, ServerProcess
 
 GREY = pixels(12)
 LONG: dict[str, Any] = {"model": "fashion-mnist", "num_images": 16, "seed": 3, "solver": "sequential", "previews": 3}
@@ -99,6 +100,68 @@ async def test_who_leaves_a_stream_cancels_it(tarflow: Client, waiting: AsyncCli
     async with aclosing(waiting.sample.stream(num_images=64)) as events:
         other = await anext(events)
     assert tarflow.jobs.wait(other.job).state == "canceled"
+
+
+async def canceled_while(held: Held, client: AsyncClient) -> None:
+    """Begin a stream, and cancel the task that waits for its first event while its request is held."""
+    first = asyncio.ensure_future(anext(client.sample.stream(num_images=64)))
+    try:
+        assert await asyncio.to_thread(held.is_done.wait, PATIENCE)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+    finally:
+        held.let_go.set()
+
+
+@pytest.mark.anyio
+async def test_who_leaves_before_the_answer_begins_cancels_it(tarflow: Client, front: Front) -> None:
+    """The service has the job, but the client has not heard of it."""
+    held = Held(begin)
+    front.script = [held, begin]
+    async with AsyncClient(front.url) as client:
+        await canceled_while(held, client)
+    assert [request.method for request in front.requests] == ["POST", "POST", "DELETE"]
+    assert front.keys()[0] == front.keys()[1] is not None
+    first = front.requests[0].answer
+    assert first is not None
+    assert tarflow.jobs.wait(first.headers["x-tarflow-job"]).state == "canceled"
+
+
+@pytest.mark.anyio
+async def test_who_leaves_before_the_first_event_cancels_it(front: Front) -> None:
+    held = Held(swallow)
+    front.script = [part(": none yet\n\n"), held]
+    async with AsyncClient(front.url) as client:
+        await canceled_while(held, client)
+    asked = [(request.method, request.path) for request in front.requests]
+    assert asked[0] == ("POST", "/v1/sample")
+    assert asked[1:] == [("GET", "/v1/jobs/sample_1/events"), ("DELETE", "/v1/jobs/sample_1")]
+
+
+@pytest.mark.parametrize("refused", [422, 429])
+def test_what_is_refused_is_not_canceled(front: Front, refused: int) -> None:
+    front.script = [answer(refused)]
+    with Client(front.url, max_retries=0) as client, pytest.raises(ApiError):
+        next(client.sample.stream())
+    assert [request.method for request in front.requests] == ["POST"]
+
+
+@pytest.mark.anyio
+async def test_a_client_that_is_closed_leaves_its_streams(server: ServerProcess, tarflow: Client) -> None:
+    with Client(server.url) as mine:
+        events = mine.with_options(max_retries=1).sample.stream(num_images=64)
+        event = next(events)
+        follows = mine.jobs.events(event.job)
+        assert next(follows).job == event.job
+    assert tarflow.jobs.wait(event.job).state == "canceled"
+    events.close()
+    follows.close()
+    async with AsyncClient(server.url) as theirs:
+        waited = theirs.sample.stream(num_images=64)
+        other = await anext(waited)
+    assert tarflow.jobs.wait(other.job).state == "canceled"
+    await waited.aclose()
 
 
 def test_who_has_a_key_of_their_own_may_come_back(tarflow: Client) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -15,6 +18,7 @@ from service.client import (
     ApiError,
     AsyncClient,
     Client,
+    Conflict,
     ConnectionFailed,
     InvalidRequest,
     NoAnswerInTime,
@@ -25,6 +29,7 @@ from service.client import (
     WorkerLost,
     errors,
 )
+from service.client.retries import IN_FLIGHT, JITTER, Patience
 from tests.service.client.fronts import Act, Front, answer, break_at_once, lose_the_answer, swallow
 from tests.service.pictures import file, normal, pixels
 
@@ -130,6 +135,44 @@ def test_a_repeated_call_is_answered_as_the_first(front: Front, patient: Client,
         thread.join()
     assert {found.id} == {request.answer.json()["id"] for request in front.requests if is_good(request.answer)}
     assert set(front.keys()) == {key}
+
+
+def in_flight(retry_after: str = "0") -> Act:
+    return refusal(theirs.Conflict("still worked on", code=IN_FLIGHT), retry_after=retry_after)
+
+
+@pytest.mark.parametrize(
+    ("act", "options"),
+    [
+        (in_flight(), {"max_retries": 0}),
+        (in_flight("100"), {"request_timeout": 99}),
+        (in_flight("1000"), {}),
+        (in_flight(), {"request_timeout": 0.1}),
+    ],
+)
+def test_a_first_attempt_is_not_waited_for_in_vain(front: Front, act: Act, options: dict[str, Any]) -> None:
+    front.script = [act] * 9
+    with Client(front.url, **options) as client, pytest.raises(Conflict, match="still"):
+        client.sample()
+    assert len(front.requests) == 1
+
+
+def waits(patience: Patience, error: TarflowError) -> Iterator[float]:
+    """Seconds between attempts that all fail like this."""
+    with suppress(type(error)):
+        while True:
+            yield patience.after(error, repeatable=True)
+
+
+@pytest.mark.parametrize("retry_after", [None, 0.0, 2.0])
+@pytest.mark.parametrize(("given", "most"), [(20.0, 20.0), (None, 600.0)])
+def test_waits_for_a_first_attempt_have_a_sum(retry_after: float | None, given: float | None, most: float) -> None:
+    error = Conflict("still worked on", code=IN_FLIGHT, retry_after=retry_after)
+    patience = Patience(1, given)
+    waited = sum(islice(waits(patience, error), 10_000))
+    assert most - 2 * (1 + JITTER) <= waited <= most
+    # Other repetitions are counted for themselves.
+    assert patience.after(Overloaded("full"), repeatable=True) > 0
 
 
 def is_good(response: httpx.Response | None) -> bool:
