@@ -108,6 +108,10 @@ async def test_what_is_open_tells_no_names(models: Path) -> None:
             assert response.status_code == 200
             assert not [name for name in names if name in response.text], path
         assert (await client.get("/readyz")).json() == {"status": "ready", "workers": []}
+        # Examples have names of their own, whatever is served.
+        async with connect(make()) as bare:
+            for path in ("/docs", "/openapi.json"):
+                assert (await client.get(path)).text == (await bare.get(path)).text
     async with connect(make(models, keys_inline=None)) as client:
         [worker] = (await client.get("/readyz")).json()["workers"]
         assert sorted(worker["models"]) == sorted(names)
