@@ -10,7 +10,6 @@ from typing import Any
 
 import anyio
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from service.access.binding import is_loopback
 from service.access.caller import Scope
@@ -18,6 +17,7 @@ from service.access.gate import Gate
 from service.access.keyring import keyring_of
 from service.access.rates import Rates
 from service.api import administering, calibrating, classifying, docs, envelope, health, models, sampling, scoring
+from service.api.cross_origin import CrossOrigin
 from service.api.door import Door
 from service.api.entrance import Entrance
 from service.api.inference_protocol.routes import PARTS as INFERENCE_PROTOCOL
@@ -166,7 +166,7 @@ def guard(app: FastAPI, parts: tuple[Part, ...], settings: Settings) -> None:
     if settings.origins:
         # Outside of what refuses, so that a page can read why; inside of what gives the id.
         app.add_middleware(
-            CORSMiddleware,
+            CrossOrigin,
             allow_origins=settings.origins,
             allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),

@@ -42,7 +42,19 @@ TICKS_OF_A_LOOK = 20
 """Between two looks for connections on which nobody asks; a tick is a tenth of a second."""
 
 
-class _Server(uvicorn.Server):
+class _Bounded(uvicorn.Server):
+    """Looks for connections on which nobody asks."""
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop."""
+        if counter % TICKS_OF_A_LOOK == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, BoundedHttp):
+                    connection.close_if_late()
+        return await super().on_tick(counter)
+
+
+class _Server(_Bounded):
     """Says that it drains before it stops listening, so that balancers and callers hear of it."""
 
     def __init__(
@@ -62,10 +74,6 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop; also when no worker can ever start."""
-        if counter % TICKS_OF_A_LOOK == 0:
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, BoundedHttp):
-                    connection.close_if_late()
         return self._hopeless() or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
@@ -80,7 +88,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)  # type: ignore[arg-type]
 
 
-class _Beside(uvicorn.Server):
+class _Beside(_Bounded):
     """A second server in one process; signals are the first one's."""
 
     @contextmanager

@@ -35,6 +35,8 @@ from service.jobs import Priority
 
 PREFIX = "tarflow_"
 """What every secret begins with: scanners for leaked secrets find it."""
+MOST_COST = 2**53
+"""Up to here everything that counts, Redis included, counts exactly."""
 RATE = r"[1-9][0-9]{0,8}/(second|minute|hour|day)"
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -62,7 +64,7 @@ class KeyEntry(BaseModel):
     scopes: Annotated[list[Scope], Field(min_length=1)]
     priority: Priority = Priority.NORMAL
     rate: Annotated[str, Field(pattern=rf"^{RATE}$")] | None = None
-    concurrent_cost: Annotated[int, Field(ge=1, strict=True)] | None = None
+    concurrent_cost: Annotated[int, Field(ge=1, le=MOST_COST, strict=True)] | None = None
     expires: Annotated[datetime, Strict()] | Annotated[date, Strict()] | None = None
 
     @property
@@ -97,7 +99,7 @@ _ALLOWED = {
     "scopes": f"allowed is a list of {', '.join(Scope)}",
     "priority": f"allowed are {', '.join(Priority)}",
     "rate": "allowed is a number of requests in a window, like '600/minute' (second, minute, hour or day)",
-    "concurrent_cost": "allowed is a whole number from 1 on",
+    "concurrent_cost": f"allowed is a whole number from 1 on, up to {MOST_COST}",
     "expires": "allowed is a date like 2027-01-31, or one with a time",
 }
 """What each field may be."""
@@ -117,7 +119,8 @@ def parse(text: str) -> dict[str, KeyEntry]:
     """The keys of a text, by name; raises :class:`InvalidKeys`."""
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Not only its own kind of error: an integer of thousands of digits and deep nesting raise others.
         raise InvalidKeys(f"not TOML: {error}") from None
     if not tables:
         raise InvalidKeys("there is no key in it; 'tarflow keys new NAME --scope infer' makes one")

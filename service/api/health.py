@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel
 
+from service.access.caller import NOBODY
 from service.api.context import Context, ContextDependency
 from service.broker.base import WorkerStatus
 from service.errors import Unavailable
@@ -68,7 +69,10 @@ async def healthz() -> Alive:
     responses={503: {"model": NotReady, "description": "Not ready"}},
 )
 async def readyz(context: ContextDependency) -> JSONResponse:
-    """200 when a worker has loaded and warmed up its models and its inference loop is running."""
+    """200 when a worker has loaded and warmed up its models and its inference loop is running.
+
+    Where keys are configured, the list of workers stays empty: it is asked without one.
+    """
     reason = "no worker is ready; one is starting, busy or being replaced"
     try:
         ready = await ready_workers(context)
@@ -84,6 +88,9 @@ async def readyz(context: ContextDependency) -> JSONResponse:
         )
         for w in ready
     ]
+    if context.caller is NOBODY:
+        # With keys this is open to who has none, who is told no names.
+        workers = []
     if ready and not draining:
         return JSONResponse(Ready(workers=workers).model_dump())
     refusal = NotReady(reason="shutting down" if draining else reason, workers=workers)

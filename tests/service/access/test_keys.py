@@ -41,7 +41,7 @@ entries = st.builds(
     priority=st.sampled_from(Priority),
     rate=st.none()
     | st.builds("{}/{}".format, st.integers(1, 10**6), st.sampled_from(["second", "minute", "hour", "day"])),
-    concurrent_cost=st.none() | st.integers(1, 2**40),
+    concurrent_cost=st.none() | st.integers(1, 2**53),
     expires=st.none() | moments,
 )
 
@@ -89,6 +89,12 @@ def test_secrets_are_long_and_told_by_their_beginning() -> None:
         (f'[a]\nsha256 = "{HASH}"\nscopes = ["infer"]\nrate = "0/minute"', ["a.rate"]),
         (f'[a]\nsha256 = "{HASH}"\nscopes = ["infer"]\nrate = "6/minute; 7/hour"', ["a.rate"]),
         (f'[a]\nsha256 = "{HASH}"\nscopes = ["infer"]\nconcurrent_cost = 0', ["a.concurrent_cost", "from 1 on"]),
+        (
+            f'[a]\nsha256 = "{HASH}"\nscopes = ["infer"]\nconcurrent_cost = {2**53 + 1}',
+            ["a.concurrent_cost", f"up to {2**53}"],
+        ),
+        ("a = " + "1" * 5000, ["not TOML"]),
+        ("a = " + "[" * 10_000, ["not TOML"]),
         (f'[a]\nsha256 = "{HASH}"\nscopes = ["infer"]\npriority = "first"', ["a.priority", "high, normal, low"]),
         (f'[a]\nsha256 = "{HASH}"\nscopes = ["infer"]\nexpires = "soon"', ["a.expires", "2027-01-31"]),
         (f'[a]\nsha256 = "{HASH}"\nscopes = ["infer"]\nexpires = 3', ["a.expires", "2027-01-31"]),
@@ -201,7 +207,9 @@ async def test_an_edit_is_taken_over_and_a_bad_one_is_not(
     async with watched(path) as ring:
         path.write_text(text(a="first", b="second"))
         await until(lambda: knows(ring, "second"))
-        for bad in (b"", b"[broken", f'[a]\nsha256 = "{SECRET_LIKE}"'.encode(), b"\xff"):
+        long, deep = b"a = " + b"1" * 5000, b"a = " + b"[" * 10_000
+        large = f'[a]\nsha256 = "{HASH}"\nscopes = ["infer"]\nconcurrent_cost = {2**53 + 1}'.encode()
+        for bad in (b"", b"[broken", f'[a]\nsha256 = "{SECRET_LIKE}"'.encode(), b"\xff", long, deep, large):
             caplog.clear()
             path.write_bytes(bad)
             await until(lambda: "stay in force" in caplog.text)

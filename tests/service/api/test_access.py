@@ -99,6 +99,24 @@ async def test_what_is_open_is_written_down() -> None:
     assert answered == OPEN
 
 
+async def test_what_is_open_tells_no_names(models: Path) -> None:
+    names = [bundle.name for bundle in find_bundles(models)]
+    assert names
+    async with connect(make(models), SECRETS["infer"]) as client:
+        for path in OPEN - {"/docs", "/openapi.json"}:
+            response = await client.get(path)
+            assert response.status_code == 200
+            assert not [name for name in names if name in response.text], path
+        assert (await client.get("/readyz")).json() == {"status": "ready", "workers": []}
+        # Examples have names of their own, whatever is served.
+        async with connect(make()) as bare:
+            for path in ("/docs", "/openapi.json"):
+                assert (await client.get(path)).text == (await bare.get(path)).text
+    async with connect(make(models, keys_inline=None)) as client:
+        [worker] = (await client.get("/readyz")).json()["workers"]
+        assert sorted(worker["models"]) == sorted(names)
+
+
 @pytest.mark.parametrize("metrics_port", [False, True])
 async def test_every_other_route_is_closed(metrics_port: bool) -> None:
     app = make()

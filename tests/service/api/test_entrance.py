@@ -144,6 +144,8 @@ CROSS = [
     {"origin": "https://evil.example"},
     {"origin": "http://127.0.0.1:9999"},
     {"origin": "null"},
+    {"origin": "http://["},
+    {"origin": "127.0.0.1:8000"},
     {"origin": "http://127.0.0.1:8000", "sec-fetch-site": "cross-site"},
     {"origin": "http://127.0.0.1:8000", "sec-fetch-site": "same-site"},
 ]
@@ -199,8 +201,20 @@ async def test_origins_that_are_named_may_read_everything(models: Path) -> None:
                 assert response.headers["access-control-allow-origin"] == origin
                 assert set(response.headers["access-control-expose-headers"].split(", ")) == set(EXPOSED)
         stranger = await client.options("/v1/sample", headers={"origin": "https://c.example", **asked})
-        assert stranger.status_code == 400
+        assert (stranger.status_code, stranger.json()["error"]["code"]) == (403, "cross_site")
+        assert "https://c.example" in stranger.json()["error"]["message"]
         assert "access-control-allow-origin" not in stranger.headers
+        assert "Origin" in stranger.headers["vary"].split(", ")
+        assert stranger.headers["x-request-id"]
+        under = await client.options("/v2/models/m/infer", headers={"origin": "https://c.example", **asked})
+        assert under.status_code == 403
+        assert isinstance(under.json()["error"], str)
+        wish = {**asked, "access-control-request-method": "PATCH"}
+        other = await client.options("/v1/sample", headers={"origin": "https://a.example", **wish})
+        assert other.status_code == 403
+        assert "'PATCH'" in other.json()["error"]["message"]
+        # The page itself may read why.
+        assert other.headers["access-control-allow-origin"] == "https://a.example"
 
 
 # Headers.
