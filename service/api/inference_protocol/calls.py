@@ -129,6 +129,9 @@ class Call:
         for label, rows in groups.items():
             payload, passes = prepare(label, rows)
             jobs.append(new_job(self.model, op, {**payload, "label": label}, len(rows), passes))
+        if len(jobs) > 1:
+            # A job alone is judged when it is submitted; of several the first would be let in where all never are.
+            await self.context.door.check(self.model.name, sum(job.cost for job in jobs))
         parts = await self._all(jobs)
         if len(parts) == 1:
             return parts[0]

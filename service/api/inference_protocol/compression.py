@@ -20,7 +20,8 @@ def decompress(body: bytes, encoding: str | None, most: int) -> bytes:
 
     No more than that is ever unpacked, so that a small body cannot become a large one.
     """
-    name = (encoding or "identity").strip().lower()
+    # An empty list of encodings is none, and HTTP lets empty elements stand in a list.
+    name = (encoding or "").strip(" \t,").lower() or "identity"
     if name == "identity":
         return body
     if name not in _WINDOW:

@@ -1,7 +1,7 @@
 """Inference requests and answers as bytes: a JSON object, and behind it the values of binary tensors.
 
 Pure functions. Whatever the bytes are, :func:`read_request` gives a request in which every tensor is what it says, or
-raises ``MalformedRequest`` or ``InvalidRequest`` naming what is wrong.
+raises ``MalformedRequest``, ``InvalidRequest`` or ``BodyTooLarge`` naming what is wrong.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ from service.api.inference_protocol.tensors import (
     to_binary,
     to_json,
 )
-from service.errors import InvalidRequest, MalformedRequest
+from service.errors import BodyTooLarge, InvalidRequest, MalformedRequest
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
 """Header with the length of the JSON, where binary tensors follow it."""
+MOST_JSON_BYTES = 8 * 2**20
+"""Without binary tensors, which cost next to nothing: nothing else runs in the process while JSON is parsed."""
+MOST_LISTS = 100_000
+"""Lists and objects in the JSON, each some hundred bytes of memory and work for the collector: 64 nested images of
+three channels of 64 rows have about 12,500.
+"""
 MOST_TENSORS = 64
 LONGEST_NAME = 100
 LONGEST_ID = 1000
@@ -107,12 +113,27 @@ def _parsed(data: memoryview, *, has_header: bool) -> Any:
             raise ValueError("a name is there more than once in an object")
         return found
 
+    if len(data) > MOST_JSON_BYTES:
+        raise BodyTooLarge(
+            f"the request has {len(data)} bytes of JSON, allowed are {MOST_JSON_BYTES}; send the tensors as binary data"
+        )
     try:
         text = str(data, "utf-8")
+        _check_lists(text)
         return json.loads(text, parse_constant=no_constant, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         hint = "" if has_header else f"; where binary data follows it, the header {LENGTH_HEADER} says how long it is"
         raise MalformedRequest(f"the body is not valid JSON: {error}{hint}") from None
+
+
+def _check_lists(text: str) -> None:
+    """Refuse JSON of so many lists and objects that parsing it would hold up everybody."""
+    lists = text.count("[") + text.count("{")
+    if lists > MOST_LISTS:
+        raise MalformedRequest(
+            f"the body has the characters [ and {{ {lists} times, allowed are {MOST_LISTS}, one for each list and "
+            "object of its JSON; send the tensors as flat lists or as binary data"
+        )
 
 
 def _object(value: Any, what: str) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from service.jobs import JobResult, ModelInfo, Op
 SEPARATOR = ":"
 """Between a model's name, which cannot have it, and that of a function."""
 SEED, LATENTS = "seed", "latents"
-SAMPLER = frozenset(SamplerFields.model_fields) - {"trajectory", "output_format"}
+SAMPLER = frozenset(SamplerFields.model_fields) - {"trajectory", "output_format", "previews"}
 PLACEHOLDER = {"images": ["-"]}
 """Stands for the images in the validation; they are tensors."""
 

@@ -1,7 +1,8 @@
 """Tensors of the protocol: their datatypes, and values as JSON or as bytes.
 
 Binary values are little-endian and in row-major order; those of BYTES are each their length, 4 bytes, and themselves.
-Whatever is read was counted before: a tensor never takes more memory than the body that it came in accounts for.
+Whatever is read was counted before: a shape takes no memory, only the values that came with it do. Those of JSON are
+objects of Python before they are an array, many times the size of their text, which is why that has limits of its own.
 """
 
 from __future__ import annotations

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from service.api.inference_protocol.compression import decompress
-from service.api.inference_protocol.frames import InferenceRequest, read_request, write_answer
+from service.api.inference_protocol.frames import (
+    MOST_JSON_BYTES,
+    MOST_LISTS,
+    InferenceRequest,
+    read_request,
+    write_answer,
+)
 from service.api.inference_protocol.tensors import BYTES, DATATYPES, Datatype, Tensor
 from service.errors import BodyTooLarge, InvalidRequest, MalformedRequest
 
@@ -284,6 +290,32 @@ def test_what_is_not_finite_is_null_in_json(tensor: Tensor) -> None:
     assert np.array_equal(got, expected, equal_nan=expected.dtype.kind == "f")
 
 
+@pytest.mark.parametrize("inner", [b"[]", b"{}", b"[{}]", b'"["'])
+def test_so_many_lists_are_not_even_parsed(inner: bytes) -> None:
+    """Thousands of them fit into a few bytes of gzip, and all else waits while they are made."""
+    head, tail = b'{"inputs": [], "parameters": {"x": [', b"]}}"
+    room = MOST_LISTS - head.count(b"[") - head.count(b"{")
+    most = room // (inner.count(b"[") + inner.count(b"{"))
+    assert len(read_request(head + b",".join([inner] * most) + tail, None).parameters["x"]) == most
+    with pytest.raises(MalformedRequest, match=r"100\d\d\d times, allowed are 100000") as caught:
+        read_request(head + b",".join([inner] * (most + 1)) + tail, None)
+    assert "as binary data" in caught.value.message
+    # Before the parser: it is no JSON either.
+    with pytest.raises(MalformedRequest, match="allowed are 100000"):
+        read_request(b"[" * (MOST_LISTS + 1), None)
+
+
+def test_the_json_has_a_limit_that_binary_tensors_do_not_have() -> None:
+    head = b'{"inputs": []}'
+    assert not read_request(head.ljust(MOST_JSON_BYTES), None).inputs
+    for length in (None, str(MOST_JSON_BYTES + 1)):
+        with pytest.raises(BodyTooLarge, match=r"8388609 bytes of JSON, allowed are 8388608; .* as binary data"):
+            read_request(head.ljust(MOST_JSON_BYTES + 1), length)
+    size = MOST_JSON_BYTES + 1
+    head = entry(datatype="UINT8", shape=[size], data=None, parameters={"binary_data_size": size})
+    assert read_request(head + b"[" * size, str(len(head))).inputs["x"].shape == (size,)
+
+
 # Compression.
 
 
@@ -312,6 +344,12 @@ def test_what_is_not_packed_is_refused(data: bytes, encoding: str) -> None:
 def test_other_encodings_are_refused(encoding: str) -> None:
     with pytest.raises(MalformedRequest, match="allowed are gzip, deflate and none"):
         decompress(b"", encoding, 2**20)
+
+
+@pytest.mark.parametrize("encoding", [None, "", " ", ",", " , ,", "identity", "Identity,"])
+def test_no_encoding_may_be_said_in_many_ways(encoding: str | None) -> None:
+    assert decompress(b"[]", encoding, 2) == b"[]"
+    assert decompress(packed(b"[]", "gzip"), f" GZip{encoding if encoding == ',' else ''}", 2) == b"[]"
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
