@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +70,8 @@ def _service_errors() -> Iterator[None]:
 
 def _built(form: type[SettingsT], flags: dict[str, Any]) -> SettingsT:
     """The settings of a form from flags and the environment; raises a ``ValueError`` that shows no password."""
+    # Until the form has its own way to leave, there is nothing to finish: being asked to end is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         return form(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
