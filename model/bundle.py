@@ -47,11 +47,13 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 NAMES = "1 to 100 of the characters a-z A-Z 0-9 . _ -, not starting with a dot"
 """What models and calibrations may be called: a name is also that of a file, and a part of an address."""
+PATTERN = r"^(?!\.)[A-Za-z0-9._-]{1,100}$"
+"""The same as a regular expression."""
 
 
 def is_name(text: str) -> bool:
     """Whether a text is :data:`NAMES`."""
-    return re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", text, re.ASCII) is not None
+    return re.fullmatch(PATTERN, text, re.ASCII) is not None
 
 
 class BundleError(ValueError):

@@ -112,11 +112,10 @@ def _load(data: bytes, max_pixels: int) -> Decoded:
             "image_too_large", f"the image has {width}x{height} pixels; at most {max_pixels:,} pixels are allowed"
         )
     try:
-        # Asking for the number of frames reads the file, so it belongs to the guarded part.
-        frames = getattr(image, "n_frames", 1)
+        # Whether there is a second frame, not how many: a small file may have a million, and all would be read.
         # Phones put a second picture, such as a depth map, behind the photograph (MPO): no animation.
-        if frames > 1 and image.format != "MPO":
-            raise ImageError("animated_image", f"the image has {frames} frames; send a single frame")
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            raise ImageError("animated_image", "the image has more than one frame; send a single frame")
         # Asked before loading, because Pillow turns TIFF images, and forgets the tag, while it loads them.
         orientation, bits = image.getexif().get(ORIENTATION, 1), _bits_per_channel(image, data)
         image.load()
@@ -235,15 +234,19 @@ def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def encode_image(pixels: NDArray[np.uint8], file_format: Format) -> bytes:
-    """(C, H, W) 8-bit pixels as the bytes of an image file; PNG and WebP are lossless."""
+def encode_image(pixels: NDArray[np.uint8], file_format: Format, quality: int | None = None) -> bytes:
+    """(C, H, W) 8-bit pixels as the bytes of an image file; PNG and WebP are lossless.
+
+    ``quality``, 0 to 100, is JPEG's, 95 if not given; below 100 it makes WebP lossy.
+    """
     image, buffer = to_pillow(pixels), io.BytesIO()
     if file_format == "png":
         image.save(buffer, "PNG")
     elif file_format == "webp":
-        image.save(buffer, "WEBP", lossless=True)
+        exact = quality in (None, 100)
+        image.save(buffer, "WEBP", lossless=exact, **({} if exact else {"quality": quality}))
     else:
-        image.save(buffer, "JPEG", quality=95, subsampling=0)
+        image.save(buffer, "JPEG", quality=95 if quality is None else quality, subsampling=0)
     return buffer.getvalue()
 
 

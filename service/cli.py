@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config import GuidanceRule, GuidanceSchedule, GuidanceTarget, Precision, Solver, SolverOptions
+from service import keys_cli
 from service.errors import ServiceError
 from service.settings import ApiSettings, ServeSettings, SharedSettings, WorkerSettings
 from training.anomaly_cli import anomaly, calibrate
@@ -34,16 +37,26 @@ app.command()(sweep)
 app.command()(tune)
 app.command()(calibrate)
 app.command()(anomaly)
+app.add_typer(keys_cli.app, name="keys")
 
 SettingsT = TypeVar("SettingsT", bound=SharedSettings)
-SECRET = ("redis",)
-"""Settings whose values may hold a password."""
+SECRET = ("redis", "keys_inline")
+"""Settings whose values may hold a secret."""
 ALSO = {"device": ("devices",)}
 """Second names of flags."""
 
-Model = Annotated[str, typer.Option(help="Bundle directory, or name of a model in the package.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Bundle directory, or name of a model in the package (by default fashion-mnist); with --url, name of a "
+        "model that the service has (by default its first)."
+    ),
+]
 Class = Annotated[str | None, typer.Option("--class", help="Class by name or index; none if not given.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+DEFAULT_MODEL = "fashion-mnist"
+Url = Annotated[str | None, typer.Option(help="Let the service at this URL do it: http://127.0.0.1:8000.")]
+Key = Annotated[str | None, typer.Option(envvar="TARFLOW_KEY", help="API key for that service.", show_envvar=True)]
 
 
 @contextmanager
@@ -57,6 +70,8 @@ def _service_errors() -> Iterator[None]:
 
 def _built(form: type[SettingsT], flags: dict[str, Any]) -> SettingsT:
     """The settings of a form from flags and the environment; raises a ``ValueError`` that shows no password."""
+    # Until the form has its own way to leave, there is nothing to finish: being asked to end is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         return form(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
@@ -163,7 +178,7 @@ def import_(
 @app.command()
 def sample(
     out: Annotated[Path, typer.Argument(help="PNG file to write.")],
-    model: Model = "fashion-mnist",
+    model: Model = None,
     class_: Class = None,
     num: Annotated[int, typer.Option(min=1, help="Number of images; several make a grid.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; image i uses seed + i.")] = 0,
@@ -186,8 +201,10 @@ def sample(
     ] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Also show the states after each block.")] = False,
     device: Device = "auto",
+    url: Url = None,
+    key: Key = None,
 ) -> None:
-    """Draw images without a server; what is not given is as the bundle recommends."""
+    """Draw images without a server, or with one (--url); what is not given is as the bundle recommends."""
     given = {
         "guidance_scale": guidance_scale,
         "guidance_rule": guidance_rule,
@@ -199,13 +216,18 @@ def sample(
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     with clear_errors(), _service_errors():
-        from service import local
-
         how = SolverOptions(solver=solver, tolerance=tolerance, precision=precision, certify=certify)
-        seeds = range(seed, seed + num)
-        drawn = local.sample(
-            model, device, label=class_, seeds=seeds, overrides=overrides, solver=how, trajectory=trajectory
-        )
+        wanted: Any = {"label": class_, "seeds": range(seed, seed + num), "overrides": overrides, "solver": how}
+        if url is None:
+            from service import local
+
+            drawn = local.sample(model or DEFAULT_MODEL, device, **wanted, trajectory=trajectory)
+        else:
+            from service import remote
+
+            _check_unused(device)
+            with remote.connected(url, key) as client:
+                drawn = remote.sample(client, model, **wanted, trajectory=trajectory)
         out.write_bytes(drawn.png)
     typer.echo(f"{out}: {num} images from seed {seed}, {json.dumps(drawn.options.to_dict())}")
     exactness = "exact but for rounding (--certify measures it)"
@@ -218,7 +240,7 @@ def sample(
 @app.command()
 def score(
     files: Annotated[list[Path], typer.Argument(help="Image files.")],
-    model: Model = "fashion-mnist",
+    model: Model = None,
     class_: Class = None,
     draws: Annotated[int, typer.Option(min=1, help="Noise draws per image.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
@@ -226,29 +248,34 @@ def score(
         float | None, typer.Option(help="Level of the verdicts: the expected share of false alarms.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Calibration file that says what is normal; by default the bundle's own.")
+        Path | None,
+        typer.Option(
+            help="Calibration file that says what is normal, with --url the name of one that the service has; by "
+            "default the bundle's own."
+        ),
     ] = None,
     overlay: Annotated[
         Path | None, typer.Option(help="Directory for a picture of each image that shows where it is unusual.")
     ] = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    url: Url = None,
+    key: Key = None,
 ) -> None:
-    """Print how likely images are, without a server; with a calibration, whether they are normal."""
+    """Print how likely images are, with a calibration whether they are normal; without a server or with one (--url)."""
     with clear_errors(), _service_errors():
-        from service import local
+        asked: Any = {"label": class_, "draws": draws, "seed": seed, "alpha": alpha, "overlays": overlay}
+        if url is None:
+            from service import local
 
-        result = local.score(
-            model,
-            device,
-            files,
-            label=class_,
-            draws=draws,
-            seed=seed,
-            alpha=alpha,
-            calibration=calibration,
-            overlays=overlay,
-        )
+            result = local.score(model or DEFAULT_MODEL, device, files, **asked, calibration=calibration)
+        else:
+            from service import remote
+
+            _check_unused(device)
+            name = None if calibration is None else str(calibration)
+            with remote.connected(url, key) as client:
+                result = remote.score(client, model, files, **asked, calibration=name)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -266,6 +293,11 @@ def score(
     if used:
         level = result["images"][0]["alpha"]
         console.print(f"verdicts at level {level:g}, by {used['num_calibration']} normal images of {used['name']!r}")
+
+
+def _check_unused(device: str) -> None:
+    if device != "auto":
+        raise ValueError(f"device: got {device!r}, but with --url the service chooses; leave --device out")
 
 
 def main() -> None:

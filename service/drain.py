@@ -6,6 +6,7 @@ It is about requests, so it does not matter which broker is behind them. Request
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,9 +23,13 @@ def _refusal() -> Unavailable:
 class Drain:
     """Whether this process leaves, and the requests that it still works on."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle: Callable[[], bool] = lambda: True) -> None:
+        """``idle`` says whether there is no work left but that of requests, such as jobs that nobody waits for."""
         self.draining = False
         """Whether new work is refused."""
+        self.abandoned = asyncio.Event()
+        """Set when no more time is left: what only reads, and would go on for long, ends by itself."""
+        self._idle = idle
         self._running: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
@@ -34,10 +39,11 @@ class Drain:
     @property
     def idle(self) -> bool:
         """Whether no work is left."""
-        return not self._running
+        return not self._running and self._idle()
 
     def abandon(self) -> None:
         """Answer the requests that are left with a refusal; their jobs are canceled."""
+        self.abandoned.set()
         for task in self._running:
             task.cancel()
 

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+MOST_JOBS = 10_000
+"""Jobs of which it is remembered that their images were observed."""
+
 
 def ks_statistic(p_values_N: Sequence[float] | NDArray[np.float64], num_calibration: int) -> float:
     """Kolmogorov–Smirnov statistic of p-values (N,) against the uniform distribution on k/(m + 1), k = 1 … m + 1.
@@ -53,6 +56,7 @@ class Drift(Collector):
         self._windows: dict[tuple[str, str, str], _Window] = {}
         self._judged: Counter[tuple[str, str, str]] = Counter()
         self._versions: dict[tuple[str, str], object] = {}
+        self._jobs: dict[str, None] = {}
 
     def observe(
         self,
@@ -90,6 +94,18 @@ class Drift(Collector):
         for windows in (self._windows, self._judged):
             for key in [key for key in windows if key[:2] == (model, calibration)]:
                 del windows[key]
+
+    def is_new(self, job_id: str) -> bool:
+        """Whether a job's images have not been observed here, as far as is remembered; from now on they have.
+
+        The same verdicts may be asked for again and again.
+        """
+        if job_id in self._jobs:
+            return False
+        self._jobs[job_id] = None
+        if len(self._jobs) > MOST_JOBS:
+            del self._jobs[next(iter(self._jobs))]
+        return True
 
     def collect(self) -> Iterable[Metric]:
         """All families, each once."""

@@ -3,12 +3,16 @@
     ServiceError
     ├── InvalidRequest         a value the caller sent is not allowed
     │   └── MalformedRequest   the body cannot even be parsed
+    ├── Unauthorized           no key, or none that is known
+    ├── Forbidden              the caller may not do this
     ├── NotFound               no such path, model or job
     ├── Conflict               there is such a thing already
     ├── MethodNotAllowed       the path exists, not with this method
     ├── BodyTooLarge           the request is larger than the limit
+    ├── SlowBody               the body did not come in the time allowed
+    ├── TooManyHeaders         the request has more headers than the limit
     ├── NotAcceptable          no response type the caller accepts
-    ├── Overloaded             the queue is full; try again later
+    ├── Overloaded             the queue is full, or the caller's limit reached; try again later
     ├── Unavailable            no worker is ready, or the service is shutting down
     ├── TimedOut               the work was not finished in the time allowed
     ├── Canceled               the caller went away or canceled
@@ -69,6 +73,20 @@ class MalformedRequest(InvalidRequest):
     default_code = "malformed_body"
 
 
+class Unauthorized(ServiceError):
+    """Who asks is not known."""
+
+    type = "authentication_error"
+    default_code = "invalid_key"
+
+
+class Forbidden(ServiceError):
+    """Who asks may not do this."""
+
+    type = "permission_error"
+    default_code = "wrong_scope"
+
+
 class NotFound(ServiceError):
     """There is no such thing."""
 
@@ -97,6 +115,20 @@ class BodyTooLarge(ServiceError):
     default_code = "body_too_large"
 
 
+class SlowBody(ServiceError):
+    """The time for the request was over before its body was there."""
+
+    type = "invalid_request_error"
+    default_code = "slow_body"
+
+
+class TooManyHeaders(ServiceError):
+    """The request has more headers than anybody needs."""
+
+    type = "invalid_request_error"
+    default_code = "too_many_headers"
+
+
 class NotAcceptable(ServiceError):
     """The Accept header allows nothing that can be sent."""
 
@@ -105,7 +137,7 @@ class NotAcceptable(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full."""
+    """The queue is full, or a limit of the caller's is reached."""
 
     type = "rate_limit_error"
     default_code = "queue_full"
@@ -136,6 +168,10 @@ class WorkerLost(ServiceError):
     """The workers that had the job died."""
 
     default_code = "worker_lost"
+
+
+FAULT = "an internal error; the service's log has the details"
+"""All that callers are told of a fault."""
 
 
 class InternalError(ServiceError):

@@ -98,7 +98,8 @@ class Job:
     index or None for no class, ``statistics`` is absent or None for none, or their {seed, gradient}: whether gradients
     are wanted, ``options`` are :class:`~model.config.SamplingDefaults`, ``solver`` is
     :class:`~model.config.SolverOptions`, ``trajectory`` says whether the states after each block are wanted. Where
-    ``floats`` is true, images come as floats too.
+    ``floats`` is true, images come as floats too. ``previews`` is absent, or how many states sample and decode publish
+    on the way.
     """
 
     id: str
@@ -210,10 +211,17 @@ class WorkerInfo:
     models: tuple[ModelInfo, ...]
     states: Mapping[str, str] = field(default_factory=dict)
     """Where every model stands by name: loading, ready, unloading, or failed and why."""
+    loads: Mapping[str, int] = field(default_factory=dict)
+    """Orders to load a model that came to an end, well or not; tells whether a state is from before an order."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for a message."""
-        return {**vars(self), "models": [m.to_wire() for m in self.models], "states": dict(self.states)}
+        return {
+            **vars(self),
+            "models": [m.to_wire() for m in self.models],
+            "states": dict(self.states),
+            "loads": dict(self.loads),
+        }
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> WorkerInfo:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from service.api.rendering import contact_sheet
 from service.api.running import new_job
 from service.api.uploads import Inputs
 from service.calibrations import OWN
+from service.command_results import Drawn, picture_paths
 from service.jobs import ModelInfo, Op, is_certified
 from service.verdicts import Question, ask, judge, statistics_of
 from service.worker.cohort import Cohort
@@ -67,20 +66,6 @@ def import_checkpoint(
 
 def _load(name_or_path: str, device: str) -> LoadedModel:
     return LoadedModel.load(open_bundle(name_or_path), resolve_device(device))
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What :func:`sample` gives: a PNG file, the parameters used, and how exact the images are."""
-
-    png: bytes
-    options: SamplingDefaults
-    plans: tuple[str, ...]
-    """Each plan that a batch had, once."""
-    backward_error: float | None
-    """The largest of those that have a certificate; ``None`` when none has."""
-    certified: bool | None
-    """Whether all that have one are within the tolerance; ``None`` when none has."""
 
 
 def sample(
@@ -175,7 +160,7 @@ def score(
         return result
     verdicts = judge(question, statistics_of(arrays), inputs.pixels)
     described = fields(question, verdicts, inputs, "none" if overlays is None else "overlay")
-    pictures = [None] * len(paths) if overlays is None else _picture_paths(overlays, paths)
+    pictures = [None] * len(paths) if overlays is None else picture_paths(overlays, paths)
     for image, verdict, path in zip(images, described, pictures, strict=True):
         drawn = verdict.pop("map")
         image |= to_jsonable_python(verdict)
@@ -214,13 +199,3 @@ def _question(model: ModelInfo, path: Path | None, alpha: float | None, *, maps:
     if alpha is not None or maps:
         raise ValueError(f"calibration: model {model.name!r} comes without one; give a file with --calibration")
     return None
-
-
-def _picture_paths(directory: Path, images: Sequence[Path]) -> list[Path]:
-    """Where each image's picture goes: under its name, numbered where several directories have the same."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    for image in images:
-        names = (f"{image.stem}{'' if number == 1 else f'-{number}'}.png" for number in count(1))
-        paths.append(next(path for path in (directory / name for name in names) if path not in paths))
-    return paths

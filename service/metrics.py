@@ -25,6 +25,7 @@ class ServiceMetrics:
         own = self.registry
         labels = ("model", "op")
         self.requests = Counter("tarflow_requests", "Requests by outcome", (*labels, "outcome"), registry=own)
+        self.refused = Counter("tarflow_refused", "Requests refused before their route", ("code",), registry=own)
         self.seconds = Histogram("tarflow_request_seconds", "Whole requests", labels, registry=own, buckets=SECONDS)
         self.queue_wait = Histogram(
             "tarflow_queue_wait_seconds", "From acceptance to a worker", labels, registry=own, buckets=SECONDS

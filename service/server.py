@@ -17,10 +17,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from model.bundle import find_bundles
-from service.api import envelope, health
-from service.app import create_app
+from service.access.binding import check_binding
+from service.access.rates import Rates
+from service.allocator import give_back_large_blocks
+from service.app import OPERATIONS, create_app, guard
 from service.broker.memory import MemoryBroker
 from service.broker.socket import BrokerServer
+from service.connections import BoundedHttp
 from service.drain import Drain
 from service.jobs import ModelInfo
 from service.pool import Pool
@@ -35,9 +38,23 @@ MODELS_SECONDS = 1.0
 KEEP_ALIVE_SECONDS = 75
 """Longer than load balancers keep an idle connection: who closes first must not be the one who is about to be asked."""
 ANSWER_SECONDS = 5
+TICKS_OF_A_LOOK = 20
+"""Between two looks for connections on which nobody asks; a tick is a tenth of a second."""
 
 
-class _Server(uvicorn.Server):
+class _Bounded(uvicorn.Server):
+    """Looks for connections on which nobody asks."""
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop."""
+        if counter % TICKS_OF_A_LOOK == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, BoundedHttp):
+                    connection.close_if_late()
+        return await super().on_tick(counter)
+
+
+class _Server(_Bounded):
     """Says that it drains before it stops listening, so that balancers and callers hear of it."""
 
     def __init__(
@@ -71,7 +88,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)  # type: ignore[arg-type]
 
 
-class _Beside(uvicorn.Server):
+class _Beside(_Bounded):
     """A second server in one process; signals are the first one's."""
 
     @contextmanager
@@ -91,12 +108,15 @@ def _log_to_stderr(settings: Settings) -> None:
 
 def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], bool] = lambda: False) -> None:
     """Answer until SIGINT or SIGTERM, or until there is no hope."""
+    give_back_large_blocks()
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,
         access_log=settings.log_level == "debug",
+        server_header=False,
+        http=BoundedHttp,
         # Work has ended by then; this is for answers that are still being written.
         timeout_graceful_shutdown=ANSWER_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -114,7 +134,9 @@ def build(settings: ServeSettings, path: Path) -> tuple[FastAPI, Drain, Pool]:
     names = [info.name for info in infos]
     if settings.default_model is not None and settings.default_model not in names:
         raise ValueError(f"default_model: got {settings.default_model!r}, allowed are {', '.join(names)}")
-    broker, drain = MemoryBroker(settings.limits), Drain()
+    broker = MemoryBroker(settings.limits)
+    # Jobs that were accepted for later are finished, too, if there is time: nothing but this process has them.
+    drain = Drain(lambda: broker.idle)
     broker.announce(infos)
     server, pool = BrokerServer(broker, path), Pool(settings, ("--socket", str(path)))
 
@@ -145,6 +167,7 @@ def build(settings: ServeSettings, path: Path) -> tuple[FastAPI, Drain, Pool]:
 
 def serve(settings: ServeSettings) -> None:
     """Run until SIGINT or SIGTERM; raises ``BundleError`` or ``ValueError`` for what cannot be served."""
+    check_binding(settings)
     _log_to_stderr(settings)
     with tempfile.TemporaryDirectory(prefix="tarflow-") as directory:
         app, drain, pool = build(settings, Path(directory) / "broker.sock")
@@ -165,11 +188,17 @@ async def _metrics_beside(app: FastAPI, settings: ApiSettings) -> AsyncIterator[
         return
     operations = FastAPI(openapi_url=None)
     operations.state = app.state
-    operations.include_router(health.router)
-    envelope.install(operations)
+    guard(operations, OPERATIONS, settings)
     # Its log is the first one's, which is set up already.
     config = uvicorn.Config(
-        operations, host=settings.host, port=settings.metrics_port, lifespan="off", log_config=None, access_log=False
+        operations,
+        host=settings.host,
+        port=settings.metrics_port,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=BoundedHttp,
     )
     server = _Beside(config)
     task = asyncio.create_task(server.serve())
@@ -185,9 +214,11 @@ def api(settings: ApiSettings) -> None:
     from service.broker.redis.api import RedisBroker
     from service.stores.redis import Connection, state_in
 
+    check_binding(settings)
     _log_to_stderr(settings)
     broker = RedisBroker(settings.redis, settings.limits, prefix=settings.redis_prefix, models_seconds=MODELS_SECONDS)
     connection, drain = Connection(settings.redis, settings.redis_prefix), Drain()
+    rates = Rates.in_redis(settings.redis, settings.redis_prefix)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -198,7 +229,8 @@ def api(settings: ApiSettings) -> None:
                 yield
         finally:
             await broker.close()
+            await rates.close()
             connection.close()
 
     state = state_in(connection, settings.lease_seconds)
-    _run(settings, create_app(settings, broker, state, lifespan=lifespan, drain=drain), drain)
+    _run(settings, create_app(settings, broker, state, lifespan=lifespan, drain=drain, rates=rates), drain)

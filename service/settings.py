@@ -11,11 +11,13 @@ these: :class:`ServeSettings` of ``tarflow serve``, :class:`ApiSettings` of ``ta
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -28,6 +30,14 @@ def default_state() -> Path:
     """Where programs keep their state: ``$XDG_STATE_HOME/tarflow``, or ``~/.local/state/tarflow``."""
     home = os.environ.get("XDG_STATE_HOME")
     return (Path(home) if home else Path.home() / ".local" / "state") / "tarflow"
+
+
+ORIGIN = re.compile(r"https?://[a-z0-9.\[\]:-]+", re.ASCII)
+"""As browsers write one, in lower case."""
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part for part in (part.strip() for part in text.split(",")) if part)
 
 
 class SharedSettings(BaseSettings):
@@ -49,6 +59,22 @@ class Settings(SharedSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all of the host's.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    keys: Path | None = Field(
+        None,
+        description="File with the API keys, which 'tarflow keys new' makes; what is edited is in force some seconds "
+        "later. Without keys the service answers anyone, and listens to its own host only.",
+    )
+    keys_inline: str | None = Field(
+        None, repr=False, description="The text of such a file, for environments without files (TARFLOW_KEYS_INLINE)."
+    )
+    anonymous: bool = Field(
+        False, description="Without keys, listen to others too: whoever reaches the port may do anything with it."
+    )
+    cors: str = Field(
+        "",
+        description="Origins whose web pages may call the service, several with commas (https://a.example), or *. "
+        "By default none.",
+    )
     default_model: str | None = Field(None, description="Model of requests that name none; by default the first.")
 
     max_images: int = Field(64, ge=1, description="Most images in one request.")
@@ -75,11 +101,54 @@ class Settings(SharedSettings):
         2_000_000, ge=1, description="Most waiting work, in images x patches x passes, before 429 is answered."
     )
     caller_share: float = Field(0.5, gt=0, le=1, description="Share of it that one named caller may have waiting.")
-    request_timeout: float = Field(600.0, gt=0, description="Seconds until a waiting request is given up with 504.")
+    request_timeout: float = Field(
+        600.0, gt=0, description="Seconds until a request is given up with 504, its body included."
+    )
+    job_timeout: float = Field(
+        3600.0, gt=0, description="Seconds until an asynchronous job that has not ended is given up."
+    )
+    result_seconds: float = Field(
+        3600.0, gt=0, description="Seconds that a job that outlives its connection is kept after it has ended."
+    )
     admin: bool = Field(
-        False, description="Answer /v1/admin, where whoever reaches the port can load and unload models."
+        False,
+        description="Without keys, answer /v1/admin too, where whoever reaches the port can load and unload models; "
+        "with keys it is always there, for those of scope admin.",
     )
     drain_seconds: int = Field(30, ge=0, description="Seconds that running requests get to finish on shutdown.")
+
+    @field_validator("cors")
+    @classmethod
+    def _are_origins(cls, text: str) -> str:
+        """Refuse what no browser would send."""
+        for origin in _listed(text):
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise PydanticCustomError(
+                    "origin", "an origin is a scheme, a host and perhaps a port, without a path: https://a.example"
+                )
+        return text
+
+    @field_validator("keys_inline")
+    @classmethod
+    def _are_given_once(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None and info.data.get("keys") is not None:
+            raise PydanticCustomError("keys", "give the keys as a file (--keys) or as text, not both")
+        return text
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need a key."""
+        return self.keys is not None or self.keys_inline is not None
+
+    @property
+    def administers(self) -> bool:
+        """Whether models can be loaded and unloaded over HTTP."""
+        return self.admin or self.has_keys
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Whose web pages may call the service."""
+        return _listed(self.cors)
 
     @property
     def limits(self) -> Limits:
@@ -162,6 +231,17 @@ class ServeSettings(Settings, ComputeSettings):
         description="Directory of what must outlive the service, such as calibrations; "
         "by default tarflow in the user's state directory (XDG_STATE_HOME).",
     )
+    max_kept_bytes: int = Field(
+        2**30,
+        ge=1024,
+        description="Bytes of kept results and their jobs, about, from which on new requests for jobs that outlive "
+        "their connection are answered with 429 until some have expired.",
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """What the broker holds to, which is in this process."""
+        return replace(super().limits, max_kept_bytes=self.max_kept_bytes)
 
 
 class ApiSettings(RedisSettings, Settings):

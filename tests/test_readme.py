@@ -148,5 +148,9 @@ def test_compose_names_files_that_exist() -> None:
     assert volume in compose["volumes"]
     assert service["environment"]["TARFLOW_STATE"] == path
     assert f"TARFLOW_STATE={path}" in (ROOT / build["dockerfile"]).read_text()
+    # The image listens to others, which a service without keys refuses unless it is told that this is meant.
+    assert "TARFLOW_HOST=0.0.0.0" in (ROOT / build["dockerfile"]).read_text()
+    assert service["environment"]["TARFLOW_ANONYMOUS"] == "true"
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     gpu = yaml.safe_load((ROOT / "docker/compose.gpu.yml").read_text())
     assert set(gpu["services"]) <= set(compose["services"])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 
-from service.api.context import ContextDependency
+from service.api.context import Context, ContextDependency
 from service.api.schemas import ErrorResponse
 from service.broker.base import Command
 from service.errors import Unavailable
@@ -52,6 +52,14 @@ class Told(BaseModel):
     workers: int = Field(description="Workers that were told; GET /v1/admin/workers shows what they make of it.")
 
 
+async def tell(context: Context, action: Literal["load", "unload"], name: str) -> int:
+    """Give all workers an order; returns how many were told, and raises ``Unavailable`` where there is none."""
+    told = await context.broker.command(Command(action=action, model=name))
+    if not told:
+        raise Unavailable("no worker is registered that could be told", retry_after=2)
+    return told
+
+
 @router.get("/workers", summary="The workers and their models")
 async def workers(context: ContextDependency) -> WorkerList:
     """Every registered worker: its device, its models and where each stands."""
@@ -81,7 +89,4 @@ async def change(
     A model that is loaded again is replaced by what is in the directory now, once that is read, warmed up and measured;
     until then, and if that fails, the old version serves. A model that is unloaded finishes what it has begun.
     """
-    told = await context.broker.command(Command(action=action, model=name))
-    if not told:
-        raise Unavailable("no worker is registered that could be told", retry_after=2)
-    return Told(model=name, action=action, workers=told)
+    return Told(model=name, action=action, workers=await tell(context, action, name))

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from model.anomaly.calibration import Calibration
 from model.anomaly.conformal import AlphaTooSmall, false_positive_interval, smallest_alpha, threshold
-from model.bundle import NAMES, is_name
+from model.bundle import NAMES, PATTERN, is_name
 from service.api.calibration_schemas import (
     CalibrationDetails,
     CalibrationFacts,
@@ -47,6 +47,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 router = APIRouter(prefix=PATH, tags=["calibrations"], responses=ERRORS)
+NamePath = Annotated[
+    str, Path(description=f"Name of the calibration: {NAMES}.", json_schema_extra={"pattern": PATTERN})
+]
 ModelQuery = Annotated[str | None, Query(description="Name of the model; by default the service's first.")]
 
 
@@ -55,6 +58,7 @@ def _form_body() -> dict[str, Any]:
     fields = CalibrationRequest.model_json_schema()["properties"]
     files = {
         "type": "array",
+        "minItems": 1,
         "items": {"type": "string", "contentMediaType": "application/octet-stream"},
         "description": "Normal images (PNG, JPEG, WebP, BMP, TIFF or single-frame GIF), zip archives of them, or both.",
     }
@@ -210,7 +214,9 @@ async def list_calibrations(context: ContextDependency, model: ModelQuery = None
 
 
 @router.get("/{name}", response_model=CalibrationDetails, summary="Describe a calibration")
-async def describe_calibration(name: str, context: ContextDependency, model: ModelQuery = None) -> CalibrationDetails:
+async def describe_calibration(
+    name: NamePath, context: ContextDependency, model: ModelQuery = None
+) -> CalibrationDetails:
     """How far it is, what it was made of, and what scores and levels mean for normal images."""
     served = await context.model(model)
     run = await context.calibrator.find(served.name, name)
@@ -230,6 +236,6 @@ async def describe_calibration(name: str, context: ContextDependency, model: Mod
 
 
 @router.delete("/{name}", status_code=204, summary="Delete a calibration")
-async def delete_calibration(name: str, context: ContextDependency, model: ModelQuery = None) -> None:
+async def delete_calibration(name: NamePath, context: ContextDependency, model: ModelQuery = None) -> None:
     """Forget a calibration, whatever its state; one in the making is given up. The bundle's own stays."""
     await context.calibrator.delete(await context.model(model), name)

@@ -1,20 +1,22 @@
-"""What every endpoint needs: the app's settings, broker and metrics, the chosen model and class."""
+"""What every endpoint needs: the app's settings, broker and metrics, who asks, the chosen model and class."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
+from service.access.caller import Caller
 from service.api.door import Door
-from service.broker.base import Broker
+from service.broker.base import Broker, Terms
 from service.calibrations import CalibrationStore
 from service.calibrator import Calibrator
 from service.drift import Drift
-from service.errors import InvalidRequest, NotFound, Unavailable
+from service.errors import InvalidRequest, NotFound, TimedOut, Unavailable
 from service.jobs import ModelInfo
 from service.metrics import ServiceMetrics
 from service.settings import Settings
@@ -30,13 +32,35 @@ class Context:
         self.request = request
         self.settings: Settings = request.app.state.settings
         self.broker: Broker = request.app.state.broker
-        self.door: Door = request.app.state.door
+        self.caller: Caller = request.state.caller
+        self.door: Door = request.app.state.door.of(self.caller)
         self.calibrations: CalibrationStore = request.app.state.calibrations
         self.calibrator: Calibrator = request.app.state.calibrator
         self.spool: Path = request.app.state.spool
         self.drift: Drift = request.app.state.drift
         self.metrics: ServiceMetrics = request.app.state.metrics
         self.decoding: CapacityLimiter = request.app.state.decoding
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that are left of the time for the request, which began when it came; raises ``TimedOut``."""
+        left: float = self.request.state.deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise TimedOut("the time for the request was over before its work began")
+        return round(left, 3) or left
+
+    def terms(self, **more: Any) -> Terms:
+        """How the caller's jobs are treated; ``more`` are other fields of the terms."""
+        caller = self.caller
+        return Terms(
+            **{
+                "caller": caller.name,
+                "caller_cost": caller.concurrent_cost,
+                "priority": caller.priority,
+                "timeout": self.timeout,
+                **more,
+            }
+        )
 
     async def model(self, name: str | None) -> ModelInfo:
         """The model a request names, or the default; raises :class:`~service.errors.NotFound`."""

@@ -1,17 +1,26 @@
-"""Errors as HTTP answers: the one place that knows status codes."""
+"""Errors as HTTP answers: the one place that knows status codes, and how clients of each prefix expect errors.
+
+An answer chooses its envelope by the path that was called when it is sent, whoever sends it: an endpoint, the
+framework, or a middleware outside of both.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from service import errors
 from service.errors import ServiceError
@@ -21,11 +30,15 @@ log = logging.getLogger(__name__)
 STATUS: dict[type[ServiceError], int] = {
     errors.InvalidRequest: 422,
     errors.MalformedRequest: 400,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.MethodNotAllowed: 405,
     errors.NotAcceptable: 406,
+    errors.SlowBody: 408,
     errors.BodyTooLarge: 413,
+    errors.TooManyHeaders: 431,
     errors.Overloaded: 429,
     errors.Canceled: 499,
     errors.InternalError: 500,
@@ -33,14 +46,19 @@ STATUS: dict[type[ServiceError], int] = {
     errors.WorkerLost: 503,
     errors.TimedOut: 504,
 }
+IN_VAIN = (errors.Conflict, errors.TimedOut, errors.WorkerLost)
+"""Errors after which a repetition would come to the same, at the same cost: clients that repeat whatever is a 409 or
+5xx are told so by a header that OpenAI's know."""
 OUTCOME: dict[type[ServiceError], str] = {
     errors.InvalidRequest: "invalid",
     errors.MalformedRequest: "invalid",
+    errors.Forbidden: "invalid",
     errors.NotFound: "invalid",
     errors.Conflict: "invalid",
     errors.MethodNotAllowed: "invalid",
     errors.NotAcceptable: "invalid",
     errors.BodyTooLarge: "invalid",
+    errors.SlowBody: "timeout",
     errors.Overloaded: "rate_limited",
     errors.Canceled: "canceled",
     errors.Unavailable: "rejected",
@@ -51,6 +69,7 @@ OUTCOME: dict[type[ServiceError], str] = {
 
 _BY_STATUS: dict[int, type[ServiceError]] = {
     400: errors.MalformedRequest,
+    403: errors.Forbidden,
     404: errors.NotFound,
     405: errors.MethodNotAllowed,
     406: errors.NotAcceptable,
@@ -72,14 +91,66 @@ def _shown(value: Any) -> str:
 
 
 def body(error: ServiceError) -> dict[str, Any]:
-    """The envelope of an error."""
+    """The native envelope, which is also that of OpenAI."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def render(error: ServiceError) -> JSONResponse:
+def text_body(error: ServiceError) -> dict[str, Any]:
+    """The envelope of the Open Inference Protocol."""
+    return {"error": error.message}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """How errors look under a prefix of paths."""
+
+    body: Callable[[ServiceError], dict[str, Any]] = body
+    status: Mapping[type[ServiceError], int] = field(default_factory=dict)
+    """Where it is another than :data:`STATUS`."""
+
+
+NATIVE = Envelope()
+BAD_REQUEST: dict[type[ServiceError], int] = {errors.InvalidRequest: 400}
+"""For clients that know no 422."""
+ENVELOPES = {
+    "/v1/images": Envelope(status=BAD_REQUEST),
+    "/v2": Envelope(text_body, BAD_REQUEST),
+}
+"""By prefix; other paths have the native one."""
+
+
+def envelope_of(path: str) -> Envelope:
+    """The envelope of a path."""
+    return next(
+        (envelope for prefix, envelope in ENVELOPES.items() if path == prefix or path.startswith(f"{prefix}/")), NATIVE
+    )
+
+
+class ErrorAnswer(Response):
+    """An error as a response, in the envelope of the path that it answers."""
+
+    media_type = "application/json"
+
+    def __init__(self, error: ServiceError) -> None:
+        headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
+        headers |= {"x-should-retry": "false"} if isinstance(error, IN_VAIN) and error.retry_after is None else {}
+        super().__init__(status_code=STATUS[type(error)], headers=headers)
+        self.error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        envelope = envelope_of(scope["path"])
+        self.status_code = envelope.status.get(type(self.error), self.status_code)
+        text = json.dumps(envelope.body(self.error), ensure_ascii=False, separators=(",", ":"))
+        # What a caller sent may be in a message; what of it is not Unicode becomes one of JSON's escapes.
+        self.body = text.encode(errors="backslashreplace")
+        self.headers["Content-Length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
+
+
+def render(error: ServiceError) -> ErrorAnswer:
     """An error as a response."""
-    headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
-    return JSONResponse(body(error), status_code=STATUS[type(error)], headers=headers)
+    return ErrorAnswer(error)
 
 
 def from_validation(error: RequestValidationError) -> ServiceError:
@@ -103,6 +174,15 @@ def from_validation(error: RequestValidationError) -> ServiceError:
     return errors.InvalidRequest(message, param=param, code=code)
 
 
+def methods_of(request: Request) -> list[str]:
+    """Every method that the path of a request knows; the framework names only those of one of its routes."""
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        if any(r.matches({**request.scope, "method": method})[0] is Match.FULL for r in request.app.router.routes)
+    ]
+
+
 def from_http(error: HTTPException, request: Request) -> ServiceError:
     """An error that the framework raised, as ours."""
     kind = _BY_STATUS.get(error.status_code, errors.InternalError)
@@ -120,30 +200,32 @@ def from_http(error: HTTPException, request: Request) -> ServiceError:
 def install(app: FastAPI) -> None:
     """Make every error of the app, the framework's included, come out in the envelope."""
 
-    async def on_service_error(request: Request, error: Exception) -> JSONResponse:
+    async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)  # noqa: S101 - registered for this type
         request.state.error = error
         return render(error)
 
-    async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this type
         request.state.error = from_validation(error)
         return render(request.state.error)
 
-    async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+    async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
+        if error.headers and "Allow" in error.headers:
+            error.headers = {**error.headers, "Allow": ", ".join(methods_of(request))}
         request.state.error = from_http(error, request)
         response = render(request.state.error)
         response.headers.update(error.headers or {})
         return response
 
-    async def on_fault(request: Request, error: Exception) -> JSONResponse:
-        request.state.error = errors.InternalError("an internal error; the service's log has the details")
+    async def on_fault(request: Request, error: Exception) -> Response:
+        request.state.error = errors.InternalError(errors.FAULT)
         response = render(request.state.error)
         response.headers["x-request-id"] = request.state.request_id
         return response
 
-    async def on_disconnect(request: Request, error: Exception) -> JSONResponse:
+    async def on_disconnect(request: Request, error: Exception) -> Response:
         request.state.error = errors.Canceled("the client went away")
         return render(request.state.error)
 

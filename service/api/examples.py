@@ -31,6 +31,7 @@ def body(kind: type[ImagesRequest]) -> dict[str, Any]:
         value.pop("examples", None)
     files = {
         "type": "array",
+        "minItems": 1,
         "items": {"type": "string", "contentMediaType": "application/octet-stream"},
         "description": "Image files: PNG, JPEG, WebP, BMP, TIFF or single-frame GIF.",
     }

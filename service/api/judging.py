@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import anyio.to_thread
-from fastapi import Request, Response
+from fastapi import Response
 
 from model.anomaly.calibration import Calibration
 from model.images import Format, encode_image, grid, original_box
@@ -41,15 +41,15 @@ async def question_of(context: Context, model: ModelInfo, body: ScoreRequest) ->
     return await anyio.to_thread.run_sync(checked)
 
 
-def picture_format(request: Request, maps: Maps) -> Format | None:
-    """The image format that a request with pictured maps prefers to JSON, or ``None``; raises ``NotAcceptable``."""
-    return accepted_image(request.headers.get("accept"), "png") if maps in ("png", "overlay") else None
+def picture_format(accept: str | None, maps: Maps) -> Format | None:
+    """The image format that an Accept header prefers to JSON, where maps are pictures; raises ``NotAcceptable``."""
+    return accepted_image(accept, "png") if maps in ("png", "overlay") else None
 
 
 async def verdicts_of(
-    context: Context, model: ModelInfo, question: Question, result: JobResult, inputs: Inputs
+    context: Context, model: ModelInfo, question: Question, result: JobResult, inputs: Inputs, *, observe: bool = True
 ) -> list[Verdict]:
-    """Each image's verdict, from what the worker computed; drift is watched on the way."""
+    """Each image's verdict, from what the worker computed; with ``observe`` drift is watched on the way."""
 
     def judged() -> tuple[list[Verdict], bool]:
         verdicts = judge(question, statistics_of(result.arrays), inputs.pixels)
@@ -57,7 +57,7 @@ async def verdicts_of(
 
     verdicts, is_current = await anyio.to_thread.run_sync(judged)
     # One that was deleted or replaced meanwhile is forgotten, and its p-values say nothing of its successor.
-    if not is_current:
+    if not (observe and is_current):
         return verdicts
     context.drift.observe(
         model.name,

@@ -2,26 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
 
 from model.anomaly.conformal import smallest_alpha
 from service.api.context import Context, ContextDependency
+from service.api.schemas import ErrorResponse
 from service.jobs import ModelInfo
 from service.verdicts import available_scores
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
+    "5XX": {"model": ErrorResponse, "description": "Why it cannot be done now"},
+}
+
+router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERRORS)
+
+
+class ImageShape(BaseModel):
+    """The images of a model, which are square."""
+
+    size: int = Field(description="Side in pixels.")
+    channels: int = Field(description="1 for grey, 3 for colour.")
+
+
+class ModelSummary(BaseModel):
+    """The fields that clients of model lists expect, and the few that choose a model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="Seconds since 1970 (UTC).")
+    owned_by: str = "tarflow"
+    default: bool = Field(description="Whether requests that name no model get this one.")
+    hash: str = Field(description="Of weights and configuration.")
+    num_classes: int = Field(description="0 for a model without classes.")
+    image: ImageShape
+
+
+class ModelList(BaseModel):
+    """Every model that is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelSummary]
+
+
+class AnomalyFacts(BaseModel):
+    """What the bundle's own calibration can be asked."""
+
+    calibrated: bool
+    scores: list[str]
+    num_calibration: int | None
+    smallest_alpha: float | None
+
+
+class ModelDescription(ModelSummary):
+    """Everything that is known of a model."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    architecture: dict[str, Any]
+    class_names: list[str]
+    class_prior: list[float]
+    noise: dict[str, Any]
+    recommended: dict[str, Any]
+    convergence: dict[str, Any]
+    anomaly: AnomalyFacts
+    training: dict[str, Any]
+    card: str
 
 
 def _summary(model: ModelInfo, *, default: bool) -> dict[str, Any]:
-    """The fields that clients of model lists expect, and the few that choose a model."""
     return {
         "id": model.name,
-        "object": "model",
         "created": model.created,
-        "owned_by": "tarflow",
         "default": default,
         "hash": model.model_id,
         "num_classes": model.flow.num_classes,
@@ -29,30 +84,33 @@ def _summary(model: ModelInfo, *, default: bool) -> dict[str, Any]:
     }
 
 
-async def _anomaly(context: Context, model: ModelInfo) -> dict[str, Any]:
-    """What the bundle's own calibration can be asked."""
+async def _anomaly(context: Context, model: ModelInfo) -> AnomalyFacts:
     if model.calibration is None:
-        return {"calibrated": False, "scores": [], "num_calibration": None, "smallest_alpha": None}
+        return AnomalyFacts(calibrated=False, scores=[], num_calibration=None, smallest_alpha=None)
 
-    def described() -> dict[str, Any]:
+    def described() -> AnomalyFacts:
         calibration = context.calibrations.get(model, None)
         count = calibration.record.num_calibration
-        scores = list(available_scores(calibration))
-        return {"calibrated": True, "scores": scores, "num_calibration": count, "smallest_alpha": smallest_alpha(count)}
+        return AnomalyFacts(
+            calibrated=True,
+            scores=list(available_scores(calibration)),
+            num_calibration=count,
+            smallest_alpha=smallest_alpha(count),
+        )
 
     return await anyio.to_thread.run_sync(described)
 
 
-@router.get("", summary="List the models")
-async def list_models(context: ContextDependency) -> dict[str, Any]:
+@router.get("", response_model=ModelList, summary="List the models")
+async def list_models(context: ContextDependency) -> ModelList:
     """Every served model, in the shape that model clients expect."""
     models = await context.broker.models()
     default = context.settings.default_model or (models[0].name if models else None)
-    return {"object": "list", "data": [_summary(m, default=m.name == default) for m in models]}
+    return ModelList(data=[ModelSummary(**_summary(m, default=m.name == default)) for m in models])
 
 
-@router.get("/{name}", summary="Describe a model")
-async def describe_model(name: str, context: ContextDependency) -> dict[str, Any]:
+@router.get("/{name}", response_model=ModelDescription, summary="Describe a model")
+async def describe_model(name: str, context: ContextDependency) -> ModelDescription:
     """Architecture, class names, noise protocol, hash, recommended parameters and card of one model.
 
     ``convergence`` says how its iterations converge, as ``tarflow tune`` measured it: ``gain`` is the largest backward
@@ -63,19 +121,16 @@ async def describe_model(name: str, context: ContextDependency) -> dict[str, Any
     """
     model = await context.model(name)
     default = (await context.model(None)).name
-    return {
+    patches = {"num_patches": model.flow.num_patches, "patch_dim": model.flow.patch_dim}
+    return ModelDescription(
         **_summary(model, default=model.name == default),
-        "architecture": {
-            **model.flow.to_dict(),
-            "num_patches": model.flow.num_patches,
-            "patch_dim": model.flow.patch_dim,
-        },
-        "class_names": list(model.class_names),
-        "class_prior": list(model.class_prior),
-        "noise": {**model.noise.to_dict(), "meaning": model.noise.meaning},
-        "recommended": model.sampling.to_dict(),
-        "convergence": {"tuned": model.convergence is not None, **(model.convergence or {})},
-        "anomaly": await _anomaly(context, model),
-        "training": dict(model.training),
-        "card": model.card,
-    }
+        architecture={**model.flow.to_dict(), **patches},
+        class_names=list(model.class_names),
+        class_prior=list(model.class_prior),
+        noise={**model.noise.to_dict(), "meaning": model.noise.meaning},
+        recommended=model.sampling.to_dict(),
+        convergence={"tuned": model.convergence is not None, **(model.convergence or {})},
+        anomaly=await _anomaly(context, model),
+        training=dict(model.training),
+        card=model.card,
+    )

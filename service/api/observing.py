@@ -36,24 +36,32 @@ class BodyLimits:
 
 
 class BodyLimit:
-    """Ends the reading of bodies that grow too large, whatever they announced."""
+    """Refuses bodies that announce too many bytes, and ends the reading of those that grow too large all the same."""
 
     def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
         self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request through."""
-        limited: ASGIApp = self.app
-        if scope["type"] == "http":
-            limited = RequestBodyLimitMiddleware(self.app, self.limits.of(scope))
-        await limited(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self.limits.of(scope)
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        if length.isdigit() and int(length[:20]) > limit:
+            shown = length.decode()
+            error = BodyTooLarge(f"the request has {shown} bytes, allowed are {limit}; send fewer or smaller images")
+            scope.setdefault("state", {})["error"] = error
+            await render(error)(scope, receive, send)
+            return
+        await RequestBodyLimitMiddleware(self.app, limit)(scope, receive, send)
 
 
 class Observing:
-    """Gives every request an id, refuses bodies that announce too many bytes, and counts outcomes."""
+    """Gives every request an id, and counts outcomes."""
 
-    def __init__(self, app: ASGIApp, metrics: ServiceMetrics, limits: BodyLimits) -> None:
-        self.app, self.metrics, self.limits = app, metrics, limits
+    def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request through."""
@@ -72,11 +80,6 @@ class Observing:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        length, limit = headers.get("content-length", ""), self.limits.of(scope)
-        if length.isascii() and length.isdecimal() and int(length[:20]) > limit:
-            error = BodyTooLarge(f"the request has {length} bytes, allowed are {limit}; send fewer or smaller images")
-            await render(error)(scope, receive, send_with_id)
-            return
         finished = False
         try:
             await self.app(scope, receive, send_with_id)
@@ -86,10 +89,11 @@ class Observing:
 
     def _count(self, scope: Scope, seconds: float, *, finished: bool) -> None:
         """Count requests of the model's operations: those below /v1 that are not lists or descriptions."""
-        route = getattr(scope.get("route"), "name", "")
+        state = scope.get("state", {})
+        # A route whose operation depends on the request says which it was.
+        route = state.get("op") or getattr(scope.get("route"), "name", "")
         if route not in OPERATIONS:
             return
-        state = scope.get("state", {})
         error, model = state.get("error"), state.get("model", "")
         outcome = "error" if not finished else "ok" if error is None else OUTCOME.get(type(error), "error")
         self.metrics.requests.labels(model=model, op=route, outcome=outcome).inc()

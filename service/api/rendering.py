@@ -20,6 +20,7 @@ from service.jobs import REDONE, JobResult, ModelInfo, is_certified
 NON_FINITE = Notice(
     code="non_finite", message="the model gave values that are not finite; pictures show them as grey, npy holds them"
 )
+NON_FINITE_VALUE = Notice(code="non_finite", message="the model gave a value that is not finite; it is shown as null")
 
 LIKELIHOOD_MODEL = Notice(
     code="likelihood_model",
@@ -33,13 +34,10 @@ def quality_warnings(model: ModelInfo) -> list[Notice]:
     return [LIKELIHOOD_MODEL] if model.noise.kind == "uniform" else []
 
 
-def accepted_image(accept: str | None, wanted: OutputFormat | None) -> Format | None:
-    """The image format to answer with, or ``None`` for JSON; raises ``NotAcceptable``.
-
-    JSON is the default; an image comes only where Accept prefers it to JSON.
-    """
-    qualities: dict[str, float] = {}
-    for part in (accept or "*/*").split(","):
+def qualities(accept: str) -> dict[str, float]:
+    """How much an Accept header wants each media type or range, 0 to 1."""
+    found: dict[str, float] = {}
+    for part in accept.split(","):
         media, _, parameters = part.strip().partition(";")
         quality = 1.0
         for parameter in parameters.split(";"):
@@ -50,11 +48,20 @@ def accepted_image(accept: str | None, wanted: OutputFormat | None) -> Format | 
                 except ValueError:
                     quality = 0.0
                 quality = min(quality, 1.0) if quality > 0 else 0.0  # NaN is not greater than 0
-        qualities[media.strip().lower()] = quality
+        found[media.strip().lower()] = quality
+    return found
+
+
+def accepted_image(accept: str | None, wanted: OutputFormat | None) -> Format | None:
+    """The image format to answer with, or ``None`` for JSON; raises ``NotAcceptable``.
+
+    JSON is the default; an image comes only where Accept prefers it to JSON.
+    """
+    found = qualities(accept or "*/*")
 
     def quality_of(kind: str) -> float:
         family = kind.partition("/")[0]
-        return next((qualities[m] for m in (kind, f"{family}/*", "*/*") if m in qualities), 0.0)
+        return next((found[m] for m in (kind, f"{family}/*", "*/*") if m in found), 0.0)
 
     # Among formats that are accepted equally: the wanted one, then the first (min keeps the order).
     formats: tuple[Format, ...] = get_args(Format)
@@ -106,14 +113,16 @@ async def image_results(
     output_format: OutputFormat,
     details: Sequence[Mapping[str, Any]],
     tolerance: float | None,
+    *,
+    quality: int | None = None,
 ) -> list[ImageResult]:
     """One answer per image; ``details`` holds each image's own fields (seed, class, warnings).
 
-    ``tolerance`` is that of certificates; ``None`` for images that were not sampled.
+    ``tolerance`` is that of certificates; ``None`` for images that were not sampled. ``quality`` is the encoder's.
     """
 
     def file(pixels: NDArray[np.uint8], floats: NDArray[np.float32]) -> str:
-        data = _npy(floats) if output_format == "npy" else encode_image(pixels, output_format)
+        data = _npy(floats) if output_format == "npy" else encode_image(pixels, output_format, quality)
         return base64.b64encode(data).decode()
 
     def build() -> list[ImageResult]:

@@ -12,12 +12,11 @@ from starlette.requests import Request
 
 from service.api.context import Context
 from service.api.schemas import Timing
-from service.broker.base import Terms
 from service.errors import Canceled, Unavailable
 from service.jobs import Job, JobResult, ModelInfo, Op
 
 
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
     """Returns when the client has gone. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -40,16 +39,25 @@ def new_job(model: ModelInfo, op: Op, payload: Mapping[str, Any], rows: int, pas
     )
 
 
+async def admit(context: Context, model: ModelInfo, cost: int) -> None:
+    """Raise ``Overloaded`` or ``Unavailable`` where it would be in vain to prepare a job of this cost.
+
+    What may be a repetition is always prepared: its answer may be there, however long the queue is.
+    """
+    if "idempotency-key" not in context.request.headers:
+        await context.door.check(model.name, cost)
+
+
 async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
     """Submit a job and wait for its result; raises the job's error.
 
     When the client disconnects the job is canceled: nobody would see its result.
     """
     start = time.monotonic()
-    timeout = context.settings.request_timeout
-    await context.door.submit(job, Terms(timeout=timeout))
-    result = asyncio.create_task(context.broker.wait(job.id, timeout))
-    gone = asyncio.create_task(_disconnected(context.request))
+    terms = context.terms()
+    await context.door.submit(job, terms)
+    result = asyncio.create_task(context.broker.wait(job.id, terms.timeout))
+    gone = asyncio.create_task(disconnected(context.request))
     try:
         await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
@@ -65,10 +73,19 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
                 result.cancel()
         # Retrieves the outcome of a job that was just canceled, so that nothing is left behind.
         await asyncio.gather(result, gone, return_exceptions=True)
+    return finished, timing_of(context, job, finished, time.monotonic() - start)
+
+
+def timing_of(context: Context, job: Job, finished: JobResult, seconds: float) -> Timing:
+    """Where the time of a job went that this process has waited for; its wait is counted."""
     context.metrics.queue_wait.labels(model=job.model, op=str(job.op)).observe(finished.queue_seconds)
-    timing = Timing(
+    return timing(finished, seconds)
+
+
+def timing(finished: JobResult, seconds: float) -> Timing:
+    """Where the time of a job went."""
+    return Timing(
         queue_ms=1000 * finished.queue_seconds,
         inference_ms=1000 * finished.inference_seconds,
-        total_ms=1000 * (time.monotonic() - start),
+        total_ms=1000 * seconds,
     )
-    return finished, timing

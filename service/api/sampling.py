@@ -9,21 +9,17 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from model.config import MAX_SEED
 from service.api import examples
 from service.api.context import Context, ContextDependency, class_name, resolve_class
+from service.api.jobs.answering import EVENTS, HOW, answer
 from service.api.options import asked, check_can_denoise
-from service.api.rendering import (
-    NON_FINITE,
-    accepted_image,
-    certificate_headers,
-    image_results,
-    picture,
-    quality_warnings,
-    warnings,
-)
-from service.api.running import cost_of, new_job, run
+from service.api.recipes.base import Prepared
+from service.api.recipes.images import ImagesRecipe
+from service.api.rendering import quality_warnings, warnings
+from service.api.running import admit, cost_of, new_job
 from service.api.schemas import (
     DecodeRequest,
     DenoiseRequest,
@@ -32,9 +28,9 @@ from service.api.schemas import (
     OutputFormat,
     SampleRequest,
 )
-from service.api.uploads import check_count, fit_uploads, read_images, read_latent
+from service.api.uploads import Upload, check_count, fit_uploads, read_images, read_latent
 from service.errors import InvalidRequest
-from service.jobs import Job, ModelInfo, Op
+from service.jobs import Job, Op
 
 IMAGES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -42,8 +38,9 @@ IMAGES: dict[int | str, dict[str, Any]] = {
         "description": "JSON, or with `Accept: image/png` (jpeg, webp) the image itself; several as a grid. With a "
         "trajectory the grid has a row for each image: its states after each block, and the denoised image. The "
         "headers x-tarflow-plan, x-tarflow-backward-error (the largest) and x-tarflow-certified say how exact it is",
-        "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}},
+        "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}, **EVENTS},
     },
+    **HOW,
     "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
     "5XX": {"model": ErrorResponse, "description": "Why it cannot be done now"},
 }
@@ -59,41 +56,30 @@ def _shown(used: Mapping[str, Any]) -> dict[str, Any]:
     return {**used["options"], **used["solver"], "trajectory": used["trajectory"]}
 
 
-async def _respond(
-    context: Context,
-    model: ModelInfo,
+def _prepared(
     job: Job,
+    body: BaseModel,
     wanted: OutputFormat | None,
     *,
-    details: Sequence[dict[str, Any]],
+    details: Sequence[Mapping[str, Any]],
     parameters: Mapping[str, Any],
-) -> Response | ImagesResponse:
-    """Run the job and answer as the Accept header asks."""
-    file_format = accepted_image(context.request.headers.get("accept"), wanted)
-    output_format: OutputFormat = file_format or wanted or "png"
-    job = replace(job, payload={**job.payload, "floats": output_format == "npy"})
-    result, timing = await run(context, job)
-    if file_format is not None:
-        noted = {notice.code for detail in details for notice in detail.get("warnings", ())}
-        noted |= set() if result.arrays["finite"].all() else {NON_FINITE.code}
-        notes = {"x-tarflow-warnings": ",".join(sorted(noted))} if noted else {}
-        seeds = {"x-tarflow-seed": str(parameters["seed"])} if parameters.get("seed") is not None else {}
-        exactness = certificate_headers(result, parameters.get("tolerance"))
-        headers = {"x-tarflow-model": model.name, "x-tarflow-job": job.id, **seeds, **exactness, **notes}
-        return await picture(result, file_format, headers, denoised=bool(parameters.get("denoise")))
-    return ImagesResponse(
-        id=job.id,
-        model=model.name,
-        images=await image_results(result, output_format, details, parameters.get("tolerance")),
-        plan=list(result.plan) or None,
-        parameters={**parameters, "output_format": output_format},
-        timing=timing,
-    )
+    uploads: Sequence[Upload] = (),
+    previews: int = 0,
+) -> Prepared:
+    # No image file prefers itself to a wanted .npy, so whoever wants one gets it.
+    job = replace(job, payload={**job.payload, "floats": wanted == "npy"})
+    recipe = ImagesRecipe(wanted=wanted, details=details, parameters=parameters)
+    return Prepared(job=job, recipe=recipe, body=body, uploads=uploads, previews=previews)
 
 
 @router.post("/sample", response_model=ImagesResponse, summary="Draw images")
-async def sample(body: SampleRequest, context: ContextDependency) -> Response | ImagesResponse:
+async def sample(body: SampleRequest, context: ContextDependency) -> Response | BaseModel:
     """Draw images of a class, or of none. The same model, seed and parameters give the same image."""
+    return await answer(context, await prepare_sample(context, body))
+
+
+async def prepare_sample(context: Context, body: SampleRequest) -> Prepared:
+    """The job of a request for images; raises what is wrong with it."""
     check_count(body.num_images, "num_images", context.settings)
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
@@ -111,15 +97,20 @@ async def sample(body: SampleRequest, context: ContextDependency) -> Response | 
     parameters = {"class": name, "num_images": body.num_images, "seed": seed, **_shown(used)}
     # Each image has a list of its own: more may be added to it.
     details = [{"seed": s, "class": name, "warnings": quality_warnings(model)} for s in seeds]
-    return await _respond(context, model, job, body.output_format, details=details, parameters=parameters)
+    return _prepared(job, body, body.output_format, details=details, parameters=parameters, previews=body.previews)
 
 
 @router.post("/decode", response_model=ImagesResponse, summary="Latents to images")
-async def decode(body: DecodeRequest, context: ContextDependency) -> Response | ImagesResponse:
+async def decode(body: DecodeRequest, context: ContextDependency) -> Response | BaseModel:
     """Turn latents into images: with guidance 0 and no denoising, the exact inverse of /v1/encode.
 
     Guidance and denoising are off unless they are asked for, since both leave the exact inverse.
     """
+    return await answer(context, await prepare_decode(context, body))
+
+
+async def prepare_decode(context: Context, body: DecodeRequest) -> Prepared:
+    """The job of latents to decode; raises what is wrong with them."""
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
     exact = {"guidance_scale": body.guidance_scale or 0.0, "denoise": bool(body.denoise)}
@@ -131,24 +122,29 @@ async def decode(body: DecodeRequest, context: ContextDependency) -> Response | 
     name = class_name(model, label)
     details = [{"class": name} for _ in body.latents]
     parameters = {"class": name, **_shown(used)}
-    return await _respond(context, model, job, body.output_format, details=details, parameters=parameters)
+    return _prepared(job, body, body.output_format, details=details, parameters=parameters, previews=body.previews)
 
 
 @router.post(
     "/denoise", response_model=ImagesResponse, summary="Denoise images", openapi_extra=examples.body(DenoiseRequest)
 )
-async def denoise(request: Request, context: ContextDependency) -> Response | ImagesResponse:
+async def denoise(request: Request, context: ContextDependency) -> Response | BaseModel:
     """Remove noise of the model's training strength from images: x + σ²∇log p(x)."""
     body, uploads = await read_images(request, DenoiseRequest, context.settings)
+    return await answer(context, await prepare_denoise(context, body, uploads))
+
+
+async def prepare_denoise(context: Context, body: DenoiseRequest, uploads: list[Upload]) -> Prepared:
+    """The job of images to denoise; raises what is wrong with them."""
     model = await context.model(body.model)
     check_can_denoise(model)
     label = resolve_class(model, body.class_)
-    await context.door.check(model.name, cost_of(model, len(uploads), DENOISE_PASSES))
-    inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
+    await admit(context, model, cost_of(model, len(uploads), DENOISE_PASSES))
+    inputs = await fit_uploads(context.request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
     job = new_job(model, Op.DENOISE, payload, len(uploads), DENOISE_PASSES)
     name = class_name(model, label)
     details = [{"class": name, "warnings": warnings(changes)} for changes in inputs.changes]
     seed = body.seed if body.add_noise else None
     parameters = {"class": name, "add_noise": body.add_noise, "seed": seed, "sigma": model.noise.std}
-    return await _respond(context, model, job, body.output_format, details=details, parameters=parameters)
+    return _prepared(job, body, body.output_format, details=details, parameters=parameters, uploads=uploads)

@@ -95,6 +95,11 @@ class SamplerFields(_Strict):
     output_format: OutputFormat | None = Field(
         None, description="png (default), jpeg, webp (lossless), or npy: the float image before rounding."
     )
+    previews: Annotated[StrictInt, Field(ge=0, le=100)] = Field(
+        0,
+        description="Up to how many events of a stream or an asynchronous job show the images on the way, evenly "
+        "spread over the blocks.",
+    )
 
 
 class SampleRequest(SamplerFields):

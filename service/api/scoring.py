@@ -5,35 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from service.api import examples
-from service.api.context import ContextDependency, class_name, resolve_class
-from service.api.judging import (
-    calibration_used,
-    notices,
-    picture,
-    picture_format,
-    question_of,
-    verdict_fields,
-    verdicts_of,
-)
-from service.api.rendering import finite_or_none, tensor, warnings
-from service.api.running import cost_of, new_job, run
-from service.api.schemas import (
-    EncodeRequest,
-    EncodeResponse,
-    EncodeResult,
-    ErrorResponse,
-    Notice,
-    Protocol,
-)
-from service.api.score_schemas import ScoreRequest, ScoreResponse, ScoreResult
-from service.api.uploads import fit_uploads, read_images
+from service.api.context import Context, ContextDependency, class_name, resolve_class
+from service.api.jobs.answering import EVENTS, HOW, answer
+from service.api.judging import question_of
+from service.api.recipes.base import Prepared
+from service.api.recipes.latents import LatentsRecipe
+from service.api.recipes.scores import Asked, ScoresRecipe
+from service.api.running import admit, cost_of, new_job
+from service.api.schemas import EncodeRequest, EncodeResponse, ErrorResponse, Protocol
+from service.api.score_schemas import ScoreRequest, ScoreResponse
+from service.api.uploads import Upload, fit_uploads, read_images
 from service.errors import InvalidRequest
 from service.jobs import ModelInfo, Op
 from service.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
+    **HOW,
     "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
     "5XX": {"model": ErrorResponse, "description": "Why it cannot be done now"},
 }
@@ -42,11 +32,9 @@ PICTURES: dict[int | str, dict[str, Any]] = {
         "model": ScoreResponse,
         "description": "JSON, or with maps as pictures and `Accept: image/png` (jpeg, webp) the picture itself; "
         "several as a grid. The header x-tarflow-verdicts has `anomaly` or `normal` for each image",
-        "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}},
+        "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}, **EVENTS},
     }
 }
-NON_FINITE = Notice(code="non_finite", message="the model gave a value that is not finite; it is shown as null")
-
 CLEAN_MEANING = "density of the image itself, without the noise of training; not comparable with /v1/score"
 
 
@@ -77,7 +65,7 @@ router = APIRouter(prefix="/v1", tags=["likelihood"], responses=ERRORS)
     summary="How likely are images, and are they normal?",
     openapi_extra=examples.body(ScoreRequest),
 )
-async def score(request: Request, context: ContextDependency) -> Response | ScoreResponse:
+async def score(request: Request, context: ContextDependency) -> Response | BaseModel:
     """Exact log-likelihood of images, given a class or none, under the model's noise protocol.
 
     With ``alpha``, ``threshold``, ``score``, ``maps``, ``calibration`` or ``correction`` each image also gets a
@@ -86,83 +74,47 @@ async def score(request: Request, context: ContextDependency) -> Response | Scor
     verdicts.
     """
     body, uploads = await read_images(request, ScoreRequest, context.settings)
+    return await answer(context, await prepare_score(context, body, uploads))
+
+
+async def prepare_score(context: Context, body: ScoreRequest, uploads: list[Upload]) -> Prepared:
+    """The job of images to score; raises what is wrong with them."""
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
     check_draws(body.draws, context.settings)
-    file_format = picture_format(request, body.maps)
     question = await question_of(context, model, body)
     passes = body.draws + (0 if question is None else question.passes)
-    await context.door.check(model.name, cost_of(model, len(uploads), passes))
-    inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
+    await admit(context, model, cost_of(model, len(uploads), passes))
+    inputs = await fit_uploads(context.request, uploads, model, context.settings, context.decoding)
     wanted = None if question is None else question.wanted
     payload = {"pixels": inputs.pixels, "label": label, "draws": body.draws, "seed": body.seed, "statistics": wanted}
-    job = new_job(model, Op.SCORE, payload, len(uploads), passes)
-    result, timing = await run(context, job)
-    verdicts: list[dict[str, Any]] = [{} for _ in uploads]
-    if question is not None:
-        found = await verdicts_of(context, model, question, result, inputs)
-        if file_format is not None:
-            headers = {"x-tarflow-model": model.name, "x-tarflow-job": job.id}
-            return await picture(question, found, inputs, body.maps, file_format, headers)
-        verdicts = await verdict_fields(question, found, inputs, body.maps)
-    protocol = protocol_of(model, body.draws, body.seed)
-    images = []
-    for i, changes in enumerate(inputs.changes):
-        nats, spread, bits = (
-            finite_or_none(result.arrays[name][i]) for name in ("log_likelihood", "log_likelihood_std", "bits_per_dim")
-        )
-        notes = warnings(changes) + notices(question) + ([NON_FINITE] if nats is None else [])
-        images.append(
-            ScoreResult(
-                index=i,
-                filename=inputs.filenames[i],
-                log_likelihood=nats,
-                # One draw says nothing of the spread.
-                log_likelihood_std=spread if body.draws > 1 else None,
-                bits_per_dim=bits,
-                protocol=protocol,
-                **verdicts[i],
-                warnings=notes,
-            )
-        )
-    return ScoreResponse(
-        id=job.id,
-        model=model.name,
-        **{"class": class_name(model, label)},
-        calibration=None if question is None else calibration_used(question),
-        correction=None if question is None else question.correction,
-        images=images,
-        timing=timing,
+    recipe = ScoresRecipe(
+        inputs=inputs,
+        class_name=class_name(model, label),
+        protocol=protocol_of(model, body.draws, body.seed),
+        maps=body.maps,
+        asked=None if question is None else Asked(model=model, question=question),
     )
+    job = new_job(model, Op.SCORE, payload, len(uploads), passes)
+    return Prepared(job=job, recipe=recipe, body=body, uploads=uploads)
 
 
 @router.post(
     "/encode", response_model=EncodeResponse, summary="Images to latents", openapi_extra=examples.body(EncodeRequest)
 )
-async def encode(request: Request, context: ContextDependency) -> EncodeResponse:
+async def encode(request: Request, context: ContextDependency) -> Response | BaseModel:
     """The latent of each image, standard normal under the model, and its log-likelihood."""
     body, uploads = await read_images(request, EncodeRequest, context.settings)
+    return await answer(context, await prepare_encode(context, body, uploads))
+
+
+async def prepare_encode(context: Context, body: EncodeRequest, uploads: list[Upload]) -> Prepared:
+    """The job of images to encode; raises what is wrong with them."""
     model = await context.model(body.model)
     label = resolve_class(model, body.class_)
-    await context.door.check(model.name, cost_of(model, len(uploads)))
-    inputs = await fit_uploads(request, uploads, model, context.settings, context.decoding)
+    await admit(context, model, cost_of(model, len(uploads)))
+    inputs = await fit_uploads(context.request, uploads, model, context.settings, context.decoding)
     payload = {"pixels": inputs.pixels, "label": label, "add_noise": body.add_noise, "seed": body.seed}
-    job = new_job(model, Op.ENCODE, payload, len(uploads))
     protocol = protocol_of(model, int(body.add_noise), body.seed)
-    result, timing = await run(context, job)
-    images = []
-    for i, changes in enumerate(inputs.changes):
-        nats = finite_or_none(result.arrays["log_likelihood"][i])
-        images.append(
-            EncodeResult(
-                index=i,
-                filename=inputs.filenames[i],
-                latent=tensor(result.arrays["latents"][i]),
-                log_likelihood=nats,
-                protocol=protocol,
-                warnings=warnings(changes) + ([NON_FINITE] if nats is None else []),
-            )
-        )
-    return EncodeResponse(
-        id=job.id, model=model.name, **{"class": class_name(model, label)}, images=images, timing=timing
-    )
+    recipe = LatentsRecipe(inputs=inputs, class_name=class_name(model, label), protocol=protocol)
+    return Prepared(job=new_job(model, Op.ENCODE, payload, len(uploads)), recipe=recipe, body=body, uploads=uploads)

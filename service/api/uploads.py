@@ -31,6 +31,8 @@ FILES = ("files", "file", "files[]")
 """Names that the field of the images may have."""
 SMALL_BYTES, SMALL_PIXELS = 4096, 64 * 64
 """An image within both is decoded at once: the way to a thread and back would take longer."""
+COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that may be far larger than they look."""
 
 Fields = TypeVar("Fields", bound=ImagesRequest)
 
@@ -152,7 +154,7 @@ async def fit_uploads(
         return fit_image(decoded, model.flow.image_size, model.flow.channels), width * height
 
     async def fitted_upload(upload: Upload) -> tuple[Fitted, int]:
-        if len(upload.data) <= SMALL_BYTES:
+        if len(upload.data) <= SMALL_BYTES and not any(kind in upload.data for kind in COMPRESSED):
             try:
                 return fit(upload, min(SMALL_PIXELS, settings.max_pixels))
             except ImageError as error:

@@ -9,7 +9,7 @@ Jobs wait by virtual finish time (:mod:`service.broker.fairness`): each caller g
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ class Limits:
     """A worker that was not heard for so long does not count as live."""
     max_attempts: int
     """Workers that a job may lose before it fails."""
+    max_kept_bytes: int = 2**30
+    """Results of detached jobs that the embedded broker keeps at once; a Redis has its own bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,9 @@ class Terms:
 
     caller: str = ""
     """Whose share the job counts against; empty for callers without a name, who share one."""
+    caller_cost: int = 0
+    """Most cost of the caller's jobs that have not ended; 0 for no limit. One that alone is beyond it is let in when
+    there is no other."""
     priority: Priority = Priority.NORMAL
     timeout: float = 600.0
     """Seconds from acceptance until the job is ended with ``TimedOut``, whether it waits or runs."""
@@ -59,6 +64,9 @@ class Terms:
     as long as its result stays; one that failed or was canceled frees the key."""
     fingerprint: str = ""
     """Digest of the request; a repetition of the key with another one is refused."""
+    recipe: bytes = b""
+    """What is needed to make the answer of the result, for whichever process is asked for it; kept as long as the job,
+    and never looked at."""
 
 
 USUAL = Terms()
@@ -103,8 +111,10 @@ class JobStatus:
 class Event:
     """Something that happened to a detached job.
 
-    Kinds: queued, started {attempt}, progress {fraction, block}, preview {…, arrays}, requeued {attempt, reason},
-    and last one of completed, failed {error, message, code, param}, canceled (as failed).
+    Kinds: queued, started {attempt}, progress {fraction, block}, preview {block, blocks, start, pixels}, requeued
+    {attempt, reason}, and last one of completed, failed {error, message, code, param}, canceled (as failed). A
+    preview's ``pixels`` (n, C, H, W) uint8 are images ``start``…``start + n − 1`` of the job after ``block`` of
+    ``blocks``.
     """
 
     id: str
@@ -191,13 +201,14 @@ class Broker(Protocol):
     async def close(self) -> None:
         """End what :meth:`start` began; jobs that others wait for stay."""
 
-    async def check(self, model: str, cost: int, caller: str = "") -> None:
+    async def check(self, model: str, cost: int, caller: str = "", caller_cost: int = 0) -> None:
         """Raise what :meth:`submit` would for such a job, before work is spent on preparing it."""
 
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         """Accept a job.
 
-        Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full`` or ``share_full``),
+        Raises at the door: :class:`~service.errors.Overloaded` (code ``queue_full``, ``share_full``,
+        ``concurrency_limit_exceeded`` or ``results_full``),
         ``Unavailable`` (``no_worker``), ``InvalidRequest`` (``idempotency_key_reused``).
         """
 
@@ -221,10 +232,13 @@ class Broker(Protocol):
         """The result of a job that was completed, ``None`` while it waits or runs; raises the error of one that
         failed or was canceled, and ``NotFound``. May be asked any number of times."""
 
+    async def recipe(self, job_id: str) -> bytes:
+        """What was given with the job to make its answer of; raises ``NotFound``."""
+
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
         """The caller's detached jobs that are not forgotten, newest first."""
 
-    def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
+    def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
         """A detached job's events behind the one with id ``after``, or all, to its last; raises ``NotFound``."""
 
     async def models(self) -> Sequence[ModelInfo]:

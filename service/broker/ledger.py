@@ -10,10 +10,12 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from typing import Any
 
 from service.broker.base import RETRY_AFTER_SECONDS, Accepted, Event, Held, JobStatus, Limits, QueueStats, Terms
 from service.broker.fairness import Turn, VirtualClock
+from service.broker.kept import ENTRY_BYTES, EVENT_BYTES, Kept, size_of
 from service.errors import Canceled, InvalidRequest, Overloaded, ServiceError, TimedOut, WorkerLost
 from service.jobs import FINAL, Job, JobResult, JobState, Lane, lane_of
 
@@ -69,18 +71,22 @@ class Ledger:
         """``changed`` is called when a job has ended or has a new event."""
         self.limits, self._changed, self._clock = limits, changed, clock
         self.entries: dict[str, Entry] = {}
+        self._live: dict[str, Entry] = {}  # those that have not ended: what is kept must cost no time
+        self._ends: list[tuple[float, str]] = []  # heap of the others, by when they are forgotten at the latest
         self._queues: dict[Lane, list[tuple[Turn, str]]] = {lane: [] for lane in Lane}
         self._clocks = {lane: VirtualClock() for lane in Lane}
         self._keys: dict[tuple[str, str], str] = {}
         self._cost_of: Counter[str] = Counter()  # waiting, by caller
+        self._open_cost_of: Counter[str] = Counter()  # waiting and running, by caller
         self._waiting_cost = 0
         self._open: Counter[Lane] = Counter()  # jobs that have not ended
         self._number = 0
+        self._kept = Kept(limits.max_kept_bytes)
         self._reclaimed = self._dead = 0
 
     # What callers do.
 
-    def check(self, cost: int, caller: str) -> None:
+    def check(self, cost: int, caller: str, caller_cost: int = 0) -> None:
         """Raise ``Overloaded`` where a job of that cost is not let in."""
         limit, waiting = self.limits.max_queue_cost, self._waiting_cost
         # A job that alone exceeds a bound is let in when nothing waits: refusing it always would be a lie.
@@ -95,6 +101,14 @@ class Ledger:
                 f"your share of the queue is full ({own} of {share} units wait, this request costs {cost}); "
                 "try again when some of your requests are done",
                 code="share_full",
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+        flying = self._open_cost_of[caller] if caller_cost else 0
+        if flying and flying + cost > caller_cost:
+            raise Overloaded(
+                f"your key allows {caller_cost} units at once ({flying} are waiting or running, this request costs "
+                f"{cost}); try again when some of your requests are done",
+                code="concurrency_limit_exceeded",
                 retry_after=RETRY_AFTER_SECONDS,
             )
 
@@ -117,7 +131,9 @@ class Ledger:
         """Accept a job, or find the one it repeats."""
         if earlier := self.repeated(terms):
             return earlier
-        self.check(job.cost, terms.caller)
+        if terms.detached:
+            self._kept.check()
+        self.check(job.cost, terms.caller, terms.caller_cost)
         self._number += 1
         lane = lane_of(job.op)
         if not self._open[lane]:
@@ -125,7 +141,10 @@ class Ledger:
         self._open[lane] += 1
         turn = self._clocks[lane].turn(terms.caller, terms.priority, job.cost, self._number)
         entry = Entry(job, terms, turn, created=time.time(), submitted=self._clock())
-        self.entries[job.id] = entry
+        self.entries[job.id] = self._live[job.id] = entry
+        if terms.detached:
+            self._kept.add(job.id, ENTRY_BYTES + len(terms.recipe))
+        self._open_cost_of[terms.caller] += job.cost
         if entry.key is not None:
             self._keys[entry.key] = job.id
         self._enqueue(entry)
@@ -138,12 +157,12 @@ class Ledger:
 
     def end_all(self, error: ServiceError) -> None:
         """End every job that has not ended."""
-        for job_id in list(self.entries):
+        for job_id in list(self._live):
             self._end_open(job_id, error)
 
     def _end_open(self, job_id: str, error: ServiceError) -> bool:
-        entry = self.entries.get(job_id)
-        if entry is None or entry.state in FINAL:
+        entry = self._live.get(job_id)
+        if entry is None:
             return False
         self._end(entry, error)
         return True
@@ -225,7 +244,7 @@ class Ledger:
 
     def give_on_all(self, owner: str) -> None:
         """The jobs of a worker that left or died are given on."""
-        for entry in [e for e in self.entries.values() if e.owner == owner]:
+        for entry in [e for e in self._live.values() if e.owner == owner]:
             self._give_on(entry)
 
     # What time does.
@@ -233,21 +252,23 @@ class Ledger:
     def sweep(self) -> int:
         """Give on what has lost its worker, end what took too long, forget what is old. Returns the given on."""
         now = self._clock()
-        entries = list(self.entries.values())
-        expired = [e for e in entries if e.owner is not None and e.lease_until < now]
+        expired = [e for e in self._live.values() if e.owner is not None and e.lease_until < now]
         for entry in expired:
             self._give_on(entry)
-        for entry in entries:
-            if entry.state in FINAL:
-                if entry.forgotten <= now:
-                    self.forget(entry.job.id)
-            elif entry.deadline <= now:
-                self._time_out(entry)
+        for entry in [e for e in self._live.values() if e.deadline <= now]:
+            self._time_out(entry)
+        while self._ends and self._ends[0][0] <= now:
+            _, job_id = heappop(self._ends)
+            # One that was answered may be gone already, and its id in use again.
+            old = self.entries.get(job_id)
+            if old is not None and old.state in FINAL and old.forgotten <= now:
+                self.forget(job_id)
         return len(expired)
 
     def forget(self, job_id: str) -> None:
         """Remove a job that has ended."""
         entry = self.entries.pop(job_id)
+        self._kept.forget(job_id)
         if entry.key is not None and self._keys.get(entry.key) == job_id:
             del self._keys[entry.key]
 
@@ -284,7 +305,7 @@ class Ledger:
         now = self._clock()
         return QueueStats(
             waiting=Counter(e.job.op for e in waiting),
-            running=Counter(e.job.op for e in self.entries.values() if e.state is JobState.RUNNING),
+            running=Counter(e.job.op for e in self._live.values() if e.state is JobState.RUNNING),
             waiting_cost=self._waiting_cost,
             oldest_wait_seconds=max((now - e.submitted for e in waiting), default=0.0),
             callers=sum(1 for caller, cost in self._cost_of.items() if caller and cost),
@@ -295,7 +316,7 @@ class Ledger:
     @property
     def idle(self) -> bool:
         """Whether no job waits or runs."""
-        return all(entry.state in FINAL for entry in self.entries.values())
+        return not self._live
 
     # Transitions.
 
@@ -342,10 +363,17 @@ class Ledger:
         if entry.state is JobState.QUEUED:
             self._dequeue(entry)
         self._open[lane_of(entry.job.op)] -= 1
+        self._open_cost_of[entry.terms.caller] -= entry.job.cost
+        if not self._open_cost_of[entry.terms.caller]:
+            del self._open_cost_of[entry.terms.caller]
         entry.owner, entry.ended, entry.outcome = None, self._clock(), outcome
+        del self._live[entry.job.id]
+        heappush(self._ends, (entry.forgotten, entry.job.id))
         # What it needed as input is not kept with its result.
         entry.job = replace(entry.job, payload={})
         if isinstance(outcome, JobResult):
+            if entry.terms.detached:
+                self._kept.add(entry.job.id, size_of(outcome.arrays.values()))
             entry.state = JobState.COMPLETED
             self.tell(entry, entry.state)
         else:
@@ -358,7 +386,9 @@ class Ledger:
     def tell(self, entry: Entry, kind: str, /, **data: Any) -> None:
         """Add an event, where events are kept, and let those who wait look."""
         if entry.terms.detached:
+            self._kept.add(entry.job.id, EVENT_BYTES + size_of(data.values()))
             entry.num_events += 1
             entry.events.append(Event(id=str(entry.num_events), kind=str(kind), data=data, time=time.time()))
-            del entry.events[:-MOST_EVENTS]
+            if len(entry.events) > MOST_EVENTS:
+                self._kept.add(entry.job.id, -EVENT_BYTES - size_of(entry.events.pop(0).data.values()))
         self._changed(entry)

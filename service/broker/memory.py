@@ -11,9 +11,10 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from service.broker.base import (
@@ -72,20 +73,20 @@ class MemoryBroker(Broker):
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
-    async def check(self, model: str, cost: int, caller: str = "") -> None:
+    async def check(self, model: str, cost: int, caller: str = "", caller_cost: int = 0) -> None:
         """Raises ``Overloaded`` when the queue is full, ``Unavailable`` without a worker."""
         if not any(model in (m.name for m in w.info.models) for w in self._live_workers()):
             raise Unavailable(
                 f"no worker is ready for model {model!r}; one is starting, busy or being replaced",
                 retry_after=RETRY_AFTER_SECONDS,
             )
-        self._ledger.check(cost, caller)
+        self._ledger.check(cost, caller, caller_cost)
 
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
         """Accept a job, or find the one it repeats; raises as :meth:`check` does."""
         if earlier := self._ledger.repeated(terms):
             return earlier
-        await self.check(job.model, job.cost, terms.caller)
+        await self.check(job.model, job.cost, terms.caller, terms.caller_cost)
         return self._ledger.submit(job, terms)
 
     async def wait(self, job_id: str, timeout: float) -> JobResult:
@@ -120,13 +121,17 @@ class MemoryBroker(Broker):
         entry = self._entry(job_id)
         return self._outcome(entry) if entry.state in FINAL else None
 
+    async def recipe(self, job_id: str) -> bytes:
+        """What the job's answer is made of."""
+        return self._entry(job_id).terms.recipe
+
     async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
         """The caller's detached jobs, newest first."""
         entries = reversed(self._ledger.entries.values())
-        own = [e for e in entries if e.terms.detached and e.terms.caller == caller]
-        return [self._ledger.status(entry) for entry in own[:limit]]
+        own = (e for e in entries if e.terms.detached and e.terms.caller == caller)
+        return [self._ledger.status(entry) for entry in islice(own, limit)]
 
-    async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
         """A job's events, to its last."""
         entry = self._entry(job_id)
         if not entry.terms.detached:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,26 @@ from service.jobs import Job, Op, as_floats
 from service.worker.loading import DENOISE_PASSES, LoadedModel
 from service.worker.parts import Part
 from service.worker.scoring import Arrays
+
+SHOWN_STAGES = ("blocks", "draft")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Rows of a job on the way."""
+
+    part: Part
+    block: int
+    """Finished blocks."""
+    num_blocks: int
+    pixels: NDArray[np.uint8]
+    """(n, C, H, W), confined to what pixels can show."""
+
+
+def preview_blocks(num_blocks: int, previews: int) -> frozenset[int]:
+    """After which numbers of blocks the state is shown, evenly spread: never after the last, which gives the image."""
+    blocks = (int(num_blocks * (i + 1) / (previews + 1) + 0.5) for i in range(previews))
+    return frozenset(block for block in blocks if 0 < block < num_blocks)
 
 
 def _denoises(job: Job) -> bool:
@@ -262,6 +283,25 @@ class Cohort:
         self._in_flight.append(event)
         if len(self._in_flight) > 2:
             self._in_flight.popleft().synchronize()
+
+    def previews(self) -> list[Preview]:
+        """After a slice: the states of those parts that want to be shown where the cohort has just come to."""
+        here = self.boundary
+        # A polish goes through the blocks once more; its draft has been shown.
+        if here is None or here.stage not in SHOWN_STAGES:
+            return []
+        num_blocks = len(self.model.flow.blocks)
+        states: NDArray[np.uint8] | None = None
+        previews, start = [], 0
+        for part in self.parts:
+            rows = slice(start, start + part.rows)
+            start += part.rows
+            wanted = preview_blocks(num_blocks, part.payload.get("previews", 0))
+            if here.block in wanted and part.job.id not in self._dropped:
+                if states is None:
+                    states = self._to_pixels(self.model.flow.unpatchify(here.batch.x_BTD))
+                previews.append(Preview(part, here.block, num_blocks, states[rows]))
+        return previews
 
     def results(self) -> list[tuple[Part, Arrays]]:
         """Per part: pixels (n, C, H, W) uint8, finite (n,) uint8, and images float32 where asked for.

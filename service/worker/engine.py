@@ -187,7 +187,11 @@ class Engine:
         """The worker as it is to register."""
         models = self._models
         return WorkerInfo(
-            id=self._metrics.worker_id, device=str(models.device), models=models.infos, states=dict(models.states)
+            id=self._metrics.worker_id,
+            device=str(models.device),
+            models=models.infos,
+            states=dict(models.states),
+            loads=dict(models.loads),
         )
 
     def _note_models(self) -> None:

@@ -96,7 +96,9 @@ class LongWork:
         for cohort in self._cohorts:
             for part in cohort.parts:
                 fractions[part.job.id] += cohort.fraction * part.rows / part.job.rows
-                blocks[part.job.id] = cohort.block
+                # Of a job in several cohorts the one that is furthest behind: it does not go back and forth.
+                behind = blocks.get(part.job.id, cohort.block)
+                blocks[part.job.id] = None if behind is None or cohort.block is None else min(behind, cohort.block)
         return [
             Held(job_id=job.id, attempt=job.attempt, fraction=min(1.0, fractions[job.id]), block=blocks.get(job.id))
             for job in self.jobs
@@ -208,6 +210,7 @@ class LongWork:
             with self._metrics.computing(name, op):
                 done = cohort.advance() if other is None else cohort.join(other)
                 results = cohort.results() if done else []
+                previews = [] if done else cohort.previews()
         except BATCH_FAULTS as error:
             out_of_memory = is_out_of_memory(error)
             self._outcomes.fault(cohort.jobs, error, out_of_memory=out_of_memory)
@@ -215,6 +218,7 @@ class LongWork:
             if cohort.boundary is None:  # coming to one is no work
                 self._metrics.slice.labels(model=name, op=op).observe(time.perf_counter() - start)
             if not done:
+                self._outcomes.show(previews)
                 self._cohorts.rotate(-1)
                 return
             self._finish(cohort)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +82,8 @@ class Models(Mapping[str, LoadedModel]):
         self._load: _Load | None = None
         self.states: dict[str, str] = dict.fromkeys(self._serving, READY)
         """Where every model stands, and why one cannot be used."""
+        self.loads: Counter[str] = Counter()
+        """Orders to load a model that came to an end."""
         self.seconds: dict[str, float] = {}
         """From the order to load a model until it served."""
 
@@ -232,6 +234,7 @@ class Models(Mapping[str, LoadedModel]):
             next(load.steps)
         except StopIteration:
             self._load = None
+            self.loads[load.model_name] += 1
             if load.model is not None:
                 self._serve(load.model, load.began)
             return True
@@ -239,6 +242,7 @@ class Models(Mapping[str, LoadedModel]):
             log.error("model %s cannot be loaded: %s", load.model_name, error)
             there = "; the one before it still serves" if load.model_name in self._serving else ""
             self.states[load.model_name] = f"failed: {error}{there}"
+            self.loads[load.model_name] += 1
             self._load = None
         else:
             return False

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from service.broker.base import WorkerBroker
 from service.errors import InternalError, InvalidRequest
 from service.jobs import Job, JobResult
+from service.worker.cohort import Preview
 from service.worker.metrics import WorkerMetrics
 from service.worker.parts import Assembly, Part
 from service.worker.scoring import Arrays
@@ -80,6 +81,17 @@ class Outcomes:
     def share(self, job: Job) -> float:
         """Which share of a job's rows is finished."""
         return self._assembly.share(job)
+
+    def show(self, previews: Sequence[Preview]) -> None:
+        """Tell those who follow their jobs what the images look like by now."""
+        for preview in previews:
+            data = {
+                "block": preview.block,
+                "blocks": preview.num_blocks,
+                "start": preview.part.start,
+                "pixels": preview.pixels,
+            }
+            self._broker.publish(preview.part.job, "preview", data)
 
     def deliver(self, finished: Sequence[Finished]) -> None:
         """Parts are finished; with the last of a job's the job is."""

@@ -7,9 +7,10 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -101,11 +102,11 @@ class RedisBroker(Broker):
 
     # Accepting.
 
-    async def check(self, model: str, cost: int, caller: str = "") -> None:
+    async def check(self, model: str, cost: int, caller: str = "", caller_cost: int = 0) -> None:
         answer = await self._calls.run(
-            "check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits)
+            "check", model, cost, caller, self._limits.max_queue_cost, share_of(self._limits), caller_cost
         )
-        if refused := refusal(answer, model, cost, self._limits):
+        if refused := refusal(answer, model, cost, self._limits, caller_cost):
             raise refused
 
     async def submit(self, job: Job, terms: Terms = USUAL) -> Accepted:
@@ -114,7 +115,7 @@ class RedisBroker(Broker):
             job.id, job.op, lane_of(job.op), job.model, job.rows, job.cost, terms.caller, terms.priority,
             WEIGHTS[terms.priority], milliseconds(terms.timeout), milliseconds(terms.keep_seconds), int(terms.detached),
             self._replica, key, terms.fingerprint, name_of(terms.caller), self._limits.max_queue_cost,
-            share_of(self._limits), pack(job.payload),
+            share_of(self._limits), terms.caller_cost, pack(job.payload), terms.recipe,
         )  # fmt: skip
         if not terms.detached:
             self._waits.add(job.id, attached=True)  # its end may come before the answer
@@ -122,7 +123,7 @@ class RedisBroker(Broker):
             answer = await self._calls.run("submit", *arguments)
             if answer[0] == b"idempotency_key_reused":
                 raise key_reused(terms.idempotency_key or "")
-            if refused := refusal(answer, job.model, job.cost, self._limits):
+            if refused := refusal(answer, job.model, job.cost, self._limits, terms.caller_cost):
                 raise refused
         except BaseException as error:
             if not terms.detached:
@@ -221,10 +222,19 @@ class RedisBroker(Broker):
             raise unknown(job_id)
         return outcome.result() if outcome.state in FINAL else None
 
-    async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
-        return [status_of(values) for values in await self._calls.run("status", "", name_of(caller), limit)]
+    async def recipe(self, job_id: str) -> bytes:
+        state, recipe = await self._calls.fields(job_id, ("state", "recipe"))
+        if state is None:
+            raise unknown(job_id)
+        return recipe or b""
 
-    async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
+    async def jobs(self, caller: str, limit: int = 100) -> Sequence[JobStatus]:
+        found: Any = 0
+        while found == 0:  # so far it was busy with what is forgotten
+            found = await self._calls.run("status", "", name_of(caller), limit)
+        return [status_of(values) for values in found]
+
+    async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
         key, names = self._keys.events(job_id), ("state", "detached")
         last = after if after is not None and _EVENT_ID.fullmatch(after) else "0-0"
         follows = False

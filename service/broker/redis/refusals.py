@@ -11,7 +11,7 @@ from service.errors import InvalidRequest, NotFound, Overloaded, ServiceError, U
 MOST_RETRY_SECONDS = 60.0
 
 
-def refusal(answer: Sequence[Any], model: str, cost: int, limits: Limits) -> ServiceError | None:
+def refusal(answer: Sequence[Any], model: str, cost: int, limits: Limits, caller_cost: int = 0) -> ServiceError | None:
     """The error of an answer of ``check.lua`` or ``submit.lua``; ``None`` when it is none."""
     code = answer[0].decode()
     if code == "no_worker":
@@ -19,13 +19,18 @@ def refusal(answer: Sequence[Any], model: str, cost: int, limits: Limits) -> Ser
             f"no worker is ready for model {model!r}; one is starting, busy or being replaced",
             retry_after=RETRY_AFTER_SECONDS,
         )
-    if code in ("queue_full", "share_full"):
+    if code in ("queue_full", "share_full", "concurrency_limit_exceeded"):
         waiting, delay = int(answer[1]), answer[2] / 1000
         retry_after = min(MOST_RETRY_SECONDS, delay) if delay else RETRY_AFTER_SECONDS
         if code == "queue_full":
             text = (
                 f"the queue is full ({waiting} of {limits.max_queue_cost} units wait, this request costs {cost}); "
                 "try again later"
+            )
+        elif code == "concurrency_limit_exceeded":
+            text = (
+                f"your key allows {caller_cost} units at once ({waiting} are waiting or running, this request costs "
+                f"{cost}); try again when some of your requests are done"
             )
         else:
             text = (

@@ -41,18 +41,22 @@ class Registry:
         workers = await self._calls.run("workers")
         served = [digests.split() for _, _, digests, *_ in workers]
         await self._learn(digest for digests in served for digest in digests)
+        standings = [unpack(standing) for *_, standing in workers]
         return [
             WorkerStatus(
                 info=WorkerInfo(
                     id=worker_id.decode(),
                     device=device.decode(),
                     models=tuple(self._models[digest] for digest in digests if digest in self._models),
-                    states=unpack(states),
+                    states=standing[0],
+                    loads=standing[1],
                 ),
                 heartbeat_age=age / 1000,
                 measurements=unpack(measurements) if measurements else (),
             )
-            for (worker_id, device, _, age, measurements, states), digests in zip(workers, served, strict=True)
+            for (worker_id, device, _, age, measurements, _), digests, standing in zip(
+                workers, served, standings, strict=True
+            )
         ]
 
     async def _learn(self, digests: Iterable[bytes]) -> None:

@@ -115,7 +115,7 @@ class RedisWorkerBroker(WorkerBroker):
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _register(self, info: WorkerInfo) -> None:
-        first, states = int(not self._registered), pack(dict(info.states))
+        first, states = int(not self._registered), pack((dict(info.states), dict(info.loads)))
         arguments: list[str | bytes | int] = [self._id, self._owner, info.device, first, states]
         for model in info.models:
             packed = pack(model.to_wire())

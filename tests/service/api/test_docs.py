@@ -10,8 +10,10 @@ import httpx
 
 from tests.service.pictures import answered
 
+IMAGES = "/v1/images/generations"
 FORM_ONLY = "/v1/calibrations"
 """Takes dozens of files, for which JSON has no place."""
+INFER = "/v2/models/{model_name}/infer"
 
 
 def _examples(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -30,10 +32,13 @@ def test_every_example_works(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     examples = list(_examples(document))
     posts = {path for path, operations in document["paths"].items() if "post" in operations}
-    assert posts == {"/v1/sample", "/v1/score", "/v1/classify", "/v1/encode", "/v1/decode", "/v1/denoise", FORM_ONLY}
+    native = {f"/v1/{op}" for op in ("sample", "score", "classify", "encode", "decode", "denoise")}
+    assert posts == {*native, FORM_ONLY, IMAGES, INFER}
     assert {path for path, _ in examples} == posts - {FORM_ONLY}
     for path, body in examples:
-        response = client.post(path, json=body)
+        parameters = document["paths"][path]["post"].get("parameters", [])
+        names = {each["name"]: each["schema"]["examples"][0] for each in parameters if each["in"] == "path"}
+        response = client.post(path.format(**names), json=body)
         assert response.status_code == 200, (path, response.text)
         if path in ("/v1/sample", "/v1/decode", "/v1/denoise"):
             assert answered(response)

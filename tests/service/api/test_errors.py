@@ -35,12 +35,18 @@ def test_404(client: httpx.Client, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
-    [("GET", "/v1/sample", "POST"), ("POST", "/v1/models", "GET"), ("PUT", "/readyz", "GET")],
+    [
+        ("GET", "/v1/sample", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("PUT", "/readyz", "GET, HEAD"),
+        ("PUT", "/v1/calibrations", "GET, POST"),
+        ("POST", "/v1/calibrations/own", "GET, DELETE"),
+    ],
 )
 def test_405_says_what_is_allowed(client: httpx.Client, method: str, path: str, allow: str) -> None:
     response = client.request(method, path)
     assert response.status_code == 405
-    assert allow in response.headers["allow"]
+    assert response.headers["allow"] == allow
     assert envelope(response)["code"] == "method_not_allowed"
 
 

@@ -71,6 +71,26 @@ def test_too_many_files(client: httpx.Client) -> None:
         assert (status, code) in [(422, "invalid_value"), (400, "malformed_body")]
 
 
+PART = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n%s\r\n1\r\n'
+
+
+@pytest.mark.parametrize("endpoint", ["score", "calibrations"])
+@pytest.mark.parametrize(
+    "parts",
+    {
+        "fields": [PART % (b"a%d" % i, b"") for i in range(101)],
+        "headers of a part": [PART % (b"seed", b"X-More: a\r\n" * 100)],
+        "a long header": [PART % (b"seed", b"X-More: " + b"a" * 10_000 + b"\r\n")],
+    }.values(),
+)
+def test_forms_have_an_end(client: httpx.Client, endpoint: str, parts: list[bytes]) -> None:
+    content = b"".join(parts) + b"--x--\r\n"
+    response = client.post(
+        f"/v1/{endpoint}", content=content, headers={"content-type": "multipart/form-data; boundary=x"}
+    )
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "malformed_body"), response.text
+
+
 def test_text_instead_of_a_file(client: httpx.Client) -> None:
     boundary = "multipart/form-data; boundary=x"
     content = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\n@image.png\r\n--x--\r\n'

@@ -324,9 +324,10 @@ async def test_a_worker_may_change_its_models(bench: Bench) -> None:
 async def test_a_worker_tells_how_its_models_stand(bench: Bench) -> None:
     worker = await bench.worker("w1", ["m"])
     states = {"m": "ready", "n": "failed: too large"}
-    await worker.register(replace(info("w1", ["m"]), states=states))
+    await worker.register(replace(info("w1", ["m"]), states=states, loads={"n": 2}))
     [status] = await bench.broker.workers()
     assert dict(status.info.states) == states
+    assert dict(status.info.loads) == {"n": 2}
 
 
 async def test_commands_reach_every_worker_once(bench: Bench) -> None:

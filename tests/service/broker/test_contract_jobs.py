@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +24,18 @@ async def told(bench: Bench, job_id: str, after: str | None = None) -> list[Even
     """All events of a job that has ended."""
     async with asyncio.timeout(LONG_ENOUGH):
         return [event async for event in bench.broker.events(job_id, after)]
+
+
+async def gone(bench: Bench, job_id: str) -> None:
+    """Waits until a job is forgotten."""
+    async with asyncio.timeout(LONG_ENOUGH):
+        while True:
+            await bench.sweep()
+            try:
+                await bench.broker.status(job_id)
+            except NotFound:
+                return
+            await asyncio.sleep(0.005)
 
 
 async def test_a_job_can_be_followed_from_afar(bench: Bench) -> None:
@@ -133,6 +147,35 @@ async def test_callers_see_their_own_detached_jobs(bench: Bench) -> None:
     assert await bench.broker.jobs("nobody") == []
 
 
+async def test_jobs_that_are_gone_hide_none_that_live(bench: Bench) -> None:
+    await bench.worker()
+    await bench.broker.submit(job("oldest"), DETACHED)
+    for number in range(150):
+        if number == 75:
+            await bench.broker.submit(job("middle"), DETACHED)
+        await bench.broker.submit(job(f"short-{number}"), replace(DETACHED, keep_seconds=0.01))
+        await bench.broker.cancel(f"short-{number}")
+    await gone(bench, "short-149")
+    assert [status.id for status in await bench.broker.jobs("a", limit=1)] == ["middle"]
+    assert [status.id for status in await bench.broker.jobs("a", limit=3)] == ["middle", "oldest"]
+
+
+async def test_each_job_is_forgotten_in_its_own_time(bench: Bench) -> None:
+    worker, broker = await bench.worker(), bench.broker
+    for name, keep in (("long", 3600), ("short", 0.01), ("waits", 0.01)):
+        await broker.submit(job(name), replace(DETACHED, keep_seconds=keep))
+    for got in await worker.claim(max_rows=2):
+        await worker.complete(got, result())
+    await gone(bench, "short")
+    # Neither what is kept for longer nor what has not ended goes along.
+    assert [status.id for status in await broker.jobs("a")] == ["waits", "long"]
+    stats = await broker.stats()
+    assert (stats.waiting.get(Op.SAMPLE, 0), stats.running.get(Op.SAMPLE, 0)) == (1, 0)
+    await worker.claim()
+    stats = await broker.stats()
+    assert (stats.waiting.get(Op.SAMPLE, 0), stats.running.get(Op.SAMPLE, 0)) == (0, 1)
+
+
 async def test_events_tell_the_whole_story(bench: Bench) -> None:
     worker = await bench.worker()
     await bench.broker.submit(job("a"), DETACHED)
@@ -208,3 +251,45 @@ async def test_a_detached_job_can_be_waited_for(bench: Bench) -> None:
     for done in await asyncio.gather(*waiting):
         assert done.arrays["value"][0] == 5.0
     assert (await bench.broker.wait("a", LONG_ENOUGH)).arrays["value"][0] == 5.0
+
+
+async def test_what_an_answer_is_made_of_is_kept_with_its_job(bench: Bench) -> None:
+    worker, broker = await bench.worker(), bench.broker
+    recipe = bytes(range(256)) * 5000
+    terms = Terms(caller="a", detached=True, keep_seconds=60, recipe=recipe, idempotency_key="k", fingerprint="f")
+    await broker.submit(job("a"), terms)
+    assert await broker.recipe("a") == recipe
+    # A repetition's own recipe is no concern of the first one's job.
+    assert (await broker.submit(job("b"), replace(terms, recipe=b"other"))).job_id == "a"
+    [got] = await worker.claim()
+    await worker.release(got)
+    [got] = await worker.claim()
+    await worker.complete(got, result())
+    assert await broker.recipe("a") == recipe
+    await broker.submit(job("plain"), DETACHED)
+    assert await broker.recipe("plain") == b""
+    with pytest.raises(NotFound, match="'x'"):
+        await broker.recipe("x")
+
+
+async def test_a_recipe_is_forgotten_with_its_job(bench: Bench) -> None:
+    await bench.worker()
+    await bench.broker.submit(job("a"), Terms(detached=True, keep_seconds=0.05, recipe=b"r"))
+    await bench.broker.cancel("a")
+    await gone(bench, "a")
+    with pytest.raises(NotFound):
+        await bench.broker.recipe("a")
+
+
+async def test_who_follows_may_stop_at_any_event(bench: Bench) -> None:
+    worker = await bench.worker()
+    await bench.broker.submit(job("a"), DETACHED)
+    async with aclosing(bench.broker.events("a")) as events:
+        assert (await anext(events)).kind == "queued"
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    [got] = await worker.claim()
+    await worker.complete(got, result())
+    assert [event.kind for event in await told(bench, "a")] == ["queued", "started", "completed"]

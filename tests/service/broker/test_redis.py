@@ -16,6 +16,7 @@ import pytest
 
 from service.broker.base import BrokerGone, Command, Limits, Terms
 from service.broker.redis.api import RedisBroker
+from service.broker.redis.keys import name_of
 from service.broker.redis.worker import RedisWorkerBroker
 from service.errors import Canceled, Overloaded, TimedOut, Unavailable, WorkerLost
 from service.jobs import JobResult, JobState, Lane, Op, WorkerInfo
@@ -266,6 +267,35 @@ async def test_what_was_answered_goes_at_once(
     await broker.sweep(every=0)
     with redis_server.client() as client:
         assert not [key for key in client.scan_iter() if b":job:" in key or b":idempotency:" in key]
+
+
+async def test_the_list_of_a_callers_jobs_loses_what_is_forgotten(
+    redis_server: RedisServer, replica: Replica, new_worker: NewWorker
+) -> None:
+    broker, _ = replica(), new_worker()
+    name = f"{{tarflow}}:jobs:{name_of('a')}"
+    with redis_server.client() as client:
+        # Far more than are looked at in one go, around those that are there.
+        await broker.submit(job("oldest"), DETACHED)
+        client.zadd(name, {f"gone-{number}": 1.5 + number / 10_000 for number in range(3000)})
+        await broker.submit(job("newest"), DETACHED)
+        assert [status.id for status in await broker.jobs("a", limit=3)] == ["newest", "oldest"]
+        assert client.zrange(name, 0, -1) == [b"oldest", b"newest"]
+
+
+async def test_the_list_of_a_callers_jobs_stays_short_if_nobody_looks(
+    redis_server: RedisServer, replica: Replica, new_worker: NewWorker
+) -> None:
+    broker, _ = replica(), new_worker()
+    name = f"{{tarflow}}:jobs:{name_of('a')}"
+    with redis_server.client() as client:
+        # The two oldest live, and everything behind them is gone soon.
+        for number in range(302):
+            await broker.submit(job(f"{number}"), replace(DETACHED, keep_seconds=0))
+            if number > 1:
+                await broker.cancel(f"{number}")
+        assert client.zrange(name, 0, 1) == [b"0", b"1"]
+        assert client.zcard(name) < 60
 
 
 async def test_prefixes_are_apart(redis_server: RedisServer, replica: Replica, new_worker: NewWorker) -> None:

@@ -28,6 +28,7 @@ class Tray(WorkerBroker):
     def __init__(self) -> None:
         self.results: dict[str, JobResult] = {}
         self.errors: dict[str, ServiceError] = {}
+        self.published: list[tuple[str, str, Mapping[str, Any]]] = []
 
     def complete(self, job: Job, result: JobResult) -> bool:
         assert job.id not in self.results
@@ -54,7 +55,7 @@ class Tray(WorkerBroker):
         raise NotImplementedError
 
     def publish(self, job: Job, kind: str, data: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        self.published.append((job.id, kind, data))
 
     def release(self, job: Job) -> None:
         raise NotImplementedError

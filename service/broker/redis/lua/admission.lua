@@ -12,7 +12,7 @@ local function delay(excess)
 end
 
 -- nil, or the code of a refusal, how much waits, and after how many milliseconds to try again.
-local function refused(model, cost, caller, max_cost, max_share)
+local function refused(model, cost, caller, max_cost, max_share, max_open)
   if call('ZCOUNT', P .. 'serving:' .. model, now - READY, '+inf') == 0 then return {'no_worker', 0, 0} end
   local waiting = tonumber(call('HGET', STATE, 'cost') or 0)
   -- A job that alone exceeds a bound is let in when nothing waits: refusing it always would be a lie.
@@ -22,6 +22,10 @@ local function refused(model, cost, caller, max_cost, max_share)
   if caller ~= '' then
     local share = tonumber(call('HGET', SHARES, caller) or 0)
     if share > 0 and share + cost > max_share then return {'share_full', share, delay(share + cost - max_share)} end
+    local open = max_open > 0 and tonumber(call('HGET', OPEN, caller) or 0) or 0
+    if open > 0 and open + cost > max_open then
+      return {'concurrency_limit_exceeded', open, delay(open + cost - max_open)}
+    end
   end
   return nil
 end

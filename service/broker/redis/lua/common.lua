@@ -24,6 +24,7 @@ local WAITING = P .. 'waiting' -- ids by time of acceptance
 local LEASES = P .. 'leases' -- ids by expiry
 local DEADLINES = P .. 'deadlines' -- ids of all jobs that have not ended, by when they time out
 local SHARES = P .. 'shares' -- waiting cost by named caller
+local OPEN = P .. 'open' -- cost of all jobs that have not ended, by named caller
 local WORKERS = P .. 'workers' -- ids by when they were heard
 local REPLICAS = P .. 'replicas' -- the same of API processes
 local MODELS = P .. 'models' -- names by when a worker that serves them was heard
@@ -41,7 +42,7 @@ local function exact(number) return string.format('%.17g', number) end
 local function go_on_when_full() call('DEL', P .. 'nothing') end
 
 -- Without work, nothing has to stay for ever.
-local LASTING = {STATE, SHARES, P .. 'flows:urgent', P .. 'flows:long'}
+local LASTING = {STATE, SHARES, OPEN, P .. 'flows:urgent', P .. 'flows:long'}
 local function rest() for _, key in ipairs(LASTING) do call('PEXPIRE', key, DAY) end end
 local function rouse() for _, key in ipairs(LASTING) do call('PERSIST', key) end end
 

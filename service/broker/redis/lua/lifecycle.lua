@@ -53,6 +53,7 @@ local function finish(job, state, error, result, token)
   if job.state == 'queued' then dequeue(job) else drop_lease(job) end
   call('ZREM', DEADLINES, job.id)
   call('HINCRBY', STATE, 'open:' .. job.lane, -1)
+  if job.caller ~= '' and call('HINCRBY', OPEN, job.caller, -job.cost) <= 0 then call('HDEL', OPEN, job.caller) end
   local keep = math.max(1, tonumber(job.keep))
   call('HDEL', job.key, 'payload', 'owner')
   call('HSET', job.key, 'state', state, 'ended', now, 'expires', now + keep, 'token', token or '')

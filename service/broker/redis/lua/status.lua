@@ -1,7 +1,26 @@
 -- ids, of which the unknown are left out; or, of a caller's list: '', the list's name, how many
+--
+-- The list has ids of jobs that are forgotten, too; they go as they are met. Answers with 0 when so many went that one
+-- should ask again for the rest: nothing else is done in Redis meanwhile.
+local PAGE, MOST_GONE = 100, 1000
+
 local ids = {}
 if arg(1) == '' then
-  for _, id in ipairs(call('ZREVRANGE', P .. 'jobs:' .. arg(2), 0, arg(3) - 1)) do ids[#ids + 1] = id end
+  local list, limit, seen, num_gone = P .. 'jobs:' .. arg(2), tonumber(arg(3)), 0, 0
+  while #ids < limit do
+    local page, gone = call('ZREVRANGE', list, seen, seen + PAGE - 1), {}
+    if #page == 0 then break end
+    for _, id in ipairs(page) do
+      if call('EXISTS', P .. 'job:' .. id) == 0 then
+        gone[#gone + 1] = id
+      elseif #ids < limit then
+        ids[#ids + 1] = id
+      end
+    end
+    if #gone > 0 then call('ZREM', list, unpack(gone)) end
+    seen, num_gone = seen + #page - #gone, num_gone + #gone
+    if num_gone >= MOST_GONE then return 0 end
+  end
 else
   for i = 1, #ARGV - 5 do ids[#ids + 1] = arg(i) end
 end

@@ -1,0 +1,1 @@
+"""OpenAI's Images API over our own jobs: for clients that know no other."""

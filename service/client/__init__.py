@@ -1,0 +1,62 @@
+"""A client of the service, synchronous and for asyncio; imports no torch and no web framework."""
+
+from service.client.asynchronous import AsyncClient
+from service.client.blocking import Client, Job
+from service.client.errors import (
+    ApiError,
+    BodyTooLarge,
+    Canceled,
+    Conflict,
+    ConnectionFailed,
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    MalformedRequest,
+    MethodNotAllowed,
+    NoAnswerInTime,
+    NotAcceptable,
+    NotFound,
+    Overloaded,
+    SlowBody,
+    TarflowError,
+    TimedOut,
+    TooManyHeaders,
+    Unauthorized,
+    Unavailable,
+    UnexpectedAnswer,
+    Unfinished,
+    WorkerLost,
+)
+from service.client.events import Event
+from service.client.jobs import AsyncJob
+
+__all__ = [
+    "ApiError",
+    "AsyncClient",
+    "AsyncJob",
+    "BodyTooLarge",
+    "Canceled",
+    "Client",
+    "Conflict",
+    "ConnectionFailed",
+    "Event",
+    "Forbidden",
+    "InternalError",
+    "InvalidRequest",
+    "Job",
+    "MalformedRequest",
+    "MethodNotAllowed",
+    "NoAnswerInTime",
+    "NotAcceptable",
+    "NotFound",
+    "Overloaded",
+    "SlowBody",
+    "TarflowError",
+    "TimedOut",
+    "TooManyHeaders",
+    "Unauthorized",
+    "Unavailable",
+    "UnexpectedAnswer",
+    "Unfinished",
+    "WorkerLost",
+]

@@ -1,0 +1,72 @@
+"""What OpenAI's client does when the service cannot: it tries again where that helps, and only there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.service.conftest import Start
+from tests.service.processes import PATIENCE, wait_until
+
+
+def test_refusals_and_losses(start: Start, models: Path) -> None:
+    """A full queue is tried again after a while, a job that its workers die of is not."""
+    flags = ("--max-queue-cost", "1", "--max-attempts", "1", "--ready-seconds", "600", "--lease-seconds", "600")
+    server = start("--models", models, "--default-model", "tiny-cond", *flags).wait_ready()
+    library = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+    stubborn = library.with_options(max_retries=2)
+    worker = server.worker()
+    os.kill(worker, signal.SIGSTOP)
+    with library, ThreadPoolExecutor(2) as pool:
+        # The worker stands still with the one, and the other waits: nothing more is let in.
+        asked = [pool.submit(stubborn.images.generate, prompt="cat")]
+        wait_until(lambda: server.metric("tarflow_jobs_running") == 1, "the worker has a job")
+        asked.append(pool.submit(stubborn.images.generate, prompt="dog"))
+        wait_until(lambda: server.metric("tarflow_queue_depth") == 1, "a job waits")
+        with pytest.raises(openai.RateLimitError) as refused:
+            library.images.generate(prompt="fox")
+        assert (refused.value.code, refused.value.type) == ("queue_full", "rate_limit_error")
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert "x-should-retry" not in refused.value.response.headers
+        with pytest.raises(openai.RateLimitError):
+            library.with_options(max_retries=1).images.generate(prompt="fox")
+        assert server.metric("tarflow_requests_total", outcome="rate_limited") == 3
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(openai.InternalServerError) as lost:
+            asked[0].result()
+        assert (lost.value.status_code, lost.value.code) == (503, "worker_lost")
+        assert lost.value.response.headers["x-should-retry"] == "false"
+        # Its successor does what waits, and never saw the other again.
+        assert len(asked[1].result().data or []) == 1
+    assert server.metric("tarflow_requests_total", outcome="worker_lost") == 1
+    assert server.metric("tarflow_requests_total", outcome="ok") == 1
+
+
+def test_streams_that_do_not_end_well(start: Start, models: Path) -> None:
+    """A client that goes away takes its job with it; one that stays is told what became of it."""
+    flags = ("--max-attempts", "1", "--ready-seconds", "600", "--lease-seconds", "600")
+    server = start("--models", models, "--default-model", "tiny-cond", *flags).wait_ready()
+    worker = server.worker()
+    os.kill(worker, signal.SIGSTOP)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE) as library:
+        stream = library.images.generate(prompt="cat", stream=True)
+        wait_until(lambda: server.metric("tarflow_jobs_running") == 1, "the worker has a job")
+        stream.close()
+        wait_until(lambda: server.metric("tarflow_jobs_running") == 0, "the job is given up")
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: server.children() not in ([], [worker]), "it has a successor")
+        wait_until(lambda: len(server.get("/readyz").json()["workers"]) == 1, "the successor is ready")
+        os.kill(worker := server.worker(), signal.SIGSTOP)
+        stream = library.images.generate(prompt="cat", stream=True)
+        wait_until(lambda: server.metric("tarflow_jobs_running") == 1, "the worker has a job")
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(openai.APIError) as lost:
+            list(stream)
+        assert lost.value.code == "worker_lost"
+    assert server.metric("tarflow_requests_total", outcome="worker_lost") == 1
+    assert server.metric("tarflow_requests_total", outcome="ok") == 0
