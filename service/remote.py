@@ -18,7 +18,7 @@ from model.config import SamplingDefaults, SolverOptions
 from model.images import encode_image
 from service.api.rendering import contact_sheet
 from service.client import Client, TarflowError
-from service.client.answers import Image, ModelDetails, Scores
+from service.client.answers import Image, ModelDescription, Scores
 from service.client.calls import ScoreFields
 from service.command_results import Drawn, picture_paths
 
@@ -127,7 +127,7 @@ def score(
     }
 
 
-def _model(client: Client, name: str | None) -> ModelDetails:
+def _model(client: Client, name: str | None) -> ModelDescription:
     if name is None:
         name = next((model.id for model in client.models.list() if model.default), None)
     if name is None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from pydantic import BaseModel, ConfigDict
 
 from service.api.calibration_schemas import CalibrationDetails, CalibrationSummary
 from service.api.classify_schemas import ClassifyResponse
 from service.api.jobs.documents import JobDocument
+from service.api.model_schemas import ModelDescription, ModelSummary
 from service.api.schemas import EncodeResponse, EncodeResult, ImageResult, ImagesResponse, TensorValue
 from service.api.score_schemas import MapResult, ScoreResponse, ScoreResult
 
@@ -30,7 +30,7 @@ __all__ = [
     "Latent",
     "Latents",
     "Map",
-    "ModelDetails",
+    "ModelDescription",
     "ModelSummary",
     "Scored",
     "Scores",
@@ -142,46 +142,3 @@ ANSWERS: dict[str, type[Answer]] = {
     "classify": Classes,
 }
 """By what was done."""
-
-
-class ImageShape(BaseModel):
-    """What a model's images are like."""
-
-    size: int
-    channels: int
-
-
-class ModelSummary(BaseModel):
-    """One served model."""
-
-    model_config = ConfigDict(protected_namespaces=())
-    id: str
-    created: int
-    owned_by: str
-    default: bool
-    hash: str
-    num_classes: int
-    image: ImageShape
-
-
-class ModelAnomaly(BaseModel):
-    """What the bundle's own calibration can be asked."""
-
-    calibrated: bool
-    scores: list[str]
-    num_calibration: int | None
-    smallest_alpha: float | None
-
-
-class ModelDetails(ModelSummary):
-    """All that is known of a model; what the dictionaries hold is in the documentation of /v1/models/{name}."""
-
-    architecture: dict[str, Any]
-    class_names: list[str]
-    class_prior: list[float]
-    noise: dict[str, Any]
-    recommended: dict[str, Any]
-    convergence: dict[str, Any]
-    anomaly: ModelAnomaly
-    training: dict[str, Any]
-    card: str

@@ -51,18 +51,26 @@ class Connection(Protocol):
         """Close all connections."""
 
 
-class AsyncConnection:
-    """Over ``httpx.AsyncClient``."""
+class _Building:
+    """What both clients of httpx do alike."""
 
-    def __init__(self, http: httpx.AsyncClient) -> None:
-        self._http = http
+    def __init__(self, http: httpx.AsyncClient | httpx.Client) -> None:
+        self._requests = http
 
     @property
     def timeout(self) -> httpx.Timeout:
-        return self._http.timeout
+        return self._requests.timeout
 
     def build(self, method: str, url: str, **parts: Any) -> httpx.Request:
-        return self._http.build_request(method, url, **parts)
+        return self._requests.build_request(method, url, **parts)
+
+
+class AsyncConnection(_Building):
+    """Over ``httpx.AsyncClient``."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        super().__init__(http)
+        self._http = http
 
     async def open(self, request: httpx.Request) -> httpx.Response:
         return await self._http.send(request, stream=True)
@@ -87,18 +95,12 @@ class AsyncConnection:
         await self._http.aclose()
 
 
-class BlockingConnection:
+class BlockingConnection(_Building):
     """Over ``httpx.Client``; none of its coroutines ever waits."""
 
     def __init__(self, http: httpx.Client) -> None:
+        super().__init__(http)
         self._http = http
-
-    @property
-    def timeout(self) -> httpx.Timeout:
-        return self._http.timeout
-
-    def build(self, method: str, url: str, **parts: Any) -> httpx.Request:
-        return self._http.build_request(method, url, **parts)
 
     async def open(self, request: httpx.Request) -> httpx.Response:
         return self._http.send(request, stream=True)

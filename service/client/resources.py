@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 from service.client import errors
-from service.client.answers import CalibrationDetails, CalibrationSummary, ModelDetails, ModelSummary
+from service.client.answers import CalibrationDetails, CalibrationSummary, ModelDescription, ModelSummary
 from service.client.caller import Caller
 from service.client.calls import Call, form, path
 from service.client.errors import Unfinished
@@ -33,10 +33,10 @@ class AsyncModels:
             )
         )
 
-    async def get(self, name: str) -> ModelDetails:
+    async def get(self, name: str) -> ModelDescription:
         """All that is known of one."""
         return await self._caller.answer(
-            Call(method="GET", path=path("models", name), read=ModelDetails.model_validate)
+            Call(method="GET", path=path("models", name), read=ModelDescription.model_validate)
         )
 
 

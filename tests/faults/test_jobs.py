@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -16,24 +14,12 @@ from tests.faults.cluster import Cluster
 from tests.service.api.test_jobs import PNG, accepted, ended, kinds, without_chance
 from tests.service.events import EVENTS, Heard, parsed, told
 from tests.service.pictures import b64, file, normal, opened
-from tests.service.processes import ApiProcess, WorkerProcess, wait_until
+from tests.service.processes import ApiProcess, stopped, wait_until
 
 PATIENT = ("--ready-seconds", "3600", "--lease-seconds", "3600")
 SAMPLE: dict[str, Any] = {"model": "tiny-cond", "class": 2, "seed": 3, "num_images": 2}
 UNCOND = {"model": "tiny-uncond"}
 WAVES = [b64(file(image)) for image in normal(2, 12, seed=3)]
-
-
-@contextmanager
-def stopped(worker: WorkerProcess) -> Iterator[None]:
-    """Nothing is computed meanwhile."""
-    [child] = worker.children()
-    os.kill(child, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGCONT)
 
 
 class Follower:
@@ -80,7 +66,7 @@ def test_what_one_replica_accepts_another_answers(cluster: Cluster) -> None:
             "classify": {"model": "tiny-cond", "images": WAVES},
             "encode": {**UNCOND, "images": WAVES},
         }
-        with stopped(worker):
+        with stopped(worker.children()[0]):
             jobs = {op: accepted(a, f"/v1/{op}", body) for op, body in requests.items()}
             assert [job["id"] for job in b.get("/v1/jobs").json()["data"]] == [job["id"] for job in jobs.values()][::-1]
             shown = b.get(jobs["sample"]["links"]["self"]).json()
@@ -119,7 +105,7 @@ def test_a_key_is_known_to_every_replica(cluster: Cluster) -> None:
         api.wait_ready()
     body, key = {"model": "tiny-cond"}, {"Idempotency-Key": "k"}
     with one.client() as a, other.client() as b, ThreadPoolExecutor(1) as pool:
-        with stopped(worker):
+        with stopped(worker.children()[0]):
             first = pool.submit(a.post, "/v1/sample", json=body, headers=key)
             wait_until(lambda: len(b.get("/v1/jobs").json()["data"]) == 1, "it is accepted")
             refused = b.post("/v1/sample", json=body, headers=key)
@@ -137,7 +123,7 @@ def test_a_job_outlives_the_replica_that_accepted_it(cluster: Cluster) -> None:
     for api in (one, other):
         api.wait_ready()
     with one.client() as a, other.client() as b:
-        with stopped(worker):
+        with stopped(worker.children()[0]):
             with a.stream("POST", "/v1/sample", json=SAMPLE, headers=EVENTS) as response:
                 follower = Follower(response)
                 first = follower.until("queued")
@@ -159,7 +145,7 @@ def test_cancelling_and_expiry_are_seen_everywhere(cluster: Cluster) -> None:
     for api in (one, hasty):
         api.wait_ready()
     with one.client() as a, hasty.client() as b:
-        with stopped(worker):
+        with stopped(worker.children()[0]):
             kept, brief = accepted(a, "/v1/sample", SAMPLE), accepted(b, "/v1/sample", SAMPLE)
             for job, client in ((kept, b), (brief, a)):
                 assert client.delete(job["links"]["self"]).json()["state"] == "canceled"
@@ -167,7 +153,7 @@ def test_cancelling_and_expiry_are_seen_everywhere(cluster: Cluster) -> None:
         assert b.get(kept["links"]["self"]).json()["state"] == "canceled"
         assert [job["id"] for job in b.get("/v1/jobs").json()["data"]] == [kept["id"]]
         # Whoever goes away from a stream cancels its job, whichever replica is asked about it.
-        with stopped(worker), b.stream("POST", "/v1/sample", json=SAMPLE, headers=EVENTS) as response:
+        with stopped(worker.children()[0]), b.stream("POST", "/v1/sample", json=SAMPLE, headers=EVENTS) as response:
             streamed = Follower(response).until("queued").data["links"]["self"]
             assert a.get(streamed).json()["state"] in ("queued", "running")
         wait_until(
@@ -180,7 +166,7 @@ def test_a_replica_that_leaves_sends_its_followers_to_others(cluster: Cluster) -
     for api in (one, other):
         api.wait_ready()
     with one.client() as a, other.client() as b:
-        with stopped(worker):
+        with stopped(worker.children()[0]):
             job = accepted(a, "/v1/sample", SAMPLE)
             with a.stream("GET", job["links"]["events"]) as response:
                 follower = Follower(response)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 
 import anyio.to_thread
@@ -14,8 +15,11 @@ from service.api.recipes.stored import packed, unknown_job
 from service.api.running import disconnected
 from service.broker.base import Accepted, JobStatus
 from service.drain import Drain
-from service.errors import Canceled, TimedOut
+from service.errors import Canceled, TimedOut, Unavailable
 from service.jobs import FINAL, Job, JobResult
+
+KEPT_SECONDS = 60.0
+"""Long enough to be read by who follows a job on one connection, and nobody later."""
 
 
 def previewing(job: Job, previews: int) -> Job:
@@ -74,3 +78,14 @@ async def ended_within(context: Context, job_id: str, seconds: float) -> tuple[J
     if error is not None and status.state not in FINAL:
         raise error
     return status, None if error is not None else work.result()
+
+
+async def given_up(context: Context, job_id: str) -> None:
+    """Cancel a job that nobody waits for any more, even where the one who waited is being canceled."""
+    await asyncio.shield(_canceled(context, job_id))
+
+
+async def _canceled(context: Context, job_id: str) -> None:
+    # Without the broker it ends by itself, at the latest when its time is over.
+    with suppress(Unavailable):
+        await context.broker.cancel(job_id)

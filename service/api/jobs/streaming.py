@@ -22,8 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from model.images import encode_image
 from service.api.context import Context
 from service.api.jobs.documents import error_body, links_of
-from service.api.jobs.following import given_up
-from service.api.jobs.keeping import drain_of
+from service.api.jobs.keeping import drain_of, given_up
 from service.api.recipes.stored import stored_answer
 from service.api.running import disconnected
 from service.broker.base import Event

@@ -14,8 +14,7 @@ from pydantic import BaseModel
 
 from service.api.context import Context, ContextDependency, class_name
 from service.api.jobs.answering import HOW, answer
-from service.api.jobs.following import KEPT_SECONDS
-from service.api.jobs.keeping import previewing
+from service.api.jobs.keeping import KEPT_SECONDS, previewing
 from service.api.jobs.wishes import Wishes, wishes_of
 from service.api.openai_images.prompts import class_of
 from service.api.openai_images.schemas import (

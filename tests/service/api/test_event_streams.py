@@ -1,9 +1,8 @@
-"""Following a job within the process: what adapters of other APIs build on, and what streams do in silence."""
+"""Streams of a job's events within the process: what they do in silence, and with results that are no part of them."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,15 @@ from model.bundle import read_bundle
 from service.access.caller import ANYONE
 from service.api.context import Context
 from service.api.jobs import streaming
-from service.api.jobs.following import Completed, follow
 from service.api.jobs.keeping import keep
 from service.api.jobs.streaming import EventStream
 from service.api.jobs.wishes import Mode, Wishes
 from service.api.sampling import prepare_sample
 from service.api.schemas import SampleRequest
 from service.app import create_app
-from service.broker.base import Event, Terms
+from service.broker.base import Terms
 from service.broker.memory import MemoryBroker
-from service.errors import Canceled, InternalError, InvalidRequest, Overloaded
-from service.jobs import Job, JobResult, JobState, ModelInfo, WorkerInfo
+from service.jobs import Job, JobResult, ModelInfo, WorkerInfo
 from service.settings import Settings
 from service.stores.directory import state_in
 from tests.service.broker.conftest import AMPLE, LocalWorker, job
@@ -92,73 +89,6 @@ class Bench:
 @pytest.fixture
 async def bench(models: Path, tmp_path: Path) -> Bench:
     return Bench(models, tmp_path)
-
-
-async def test_a_job_is_followed_to_its_result(bench: Bench) -> None:
-    prepared = await prepare_sample(bench.context, BODY)
-    told: list[Event | Completed] = []
-    async with aclosing(follow(bench.context, prepared.job, previews=2)) as events:
-        told.append(await anext(events))
-        claimed = await bench.claimed()
-        assert (claimed.id, claimed.payload["previews"]) == (prepared.job.id, 2)
-        pixels = np.ones((1, 1, 16, 16), np.uint8)
-        await bench.worker.publish(claimed, "preview", {"block": 1, "blocks": 3, "start": 0, "pixels": pixels})
-        await bench.worker.complete(claimed, RESULT)
-        told += [event async for event in events]
-    assert [event.kind for event in told if isinstance(event, Event)] == ["queued", "started", "preview"]
-    preview, last = told[-2], told[-1]
-    assert isinstance(preview, Event)
-    assert (preview.data["pixels"] == pixels).all()
-    assert isinstance(last, Completed)
-    assert (last.job_id, last.timing.inference_ms) == (prepared.job.id, 500)
-    assert last.result.arrays.keys() == RESULT.arrays.keys()
-
-
-async def test_without_previews_none_are_asked_for(bench: Bench) -> None:
-    prepared = await prepare_sample(bench.context, BODY)
-    async with aclosing(follow(bench.context, prepared.job)) as events:
-        await anext(events)
-        assert "previews" not in (await bench.claimed()).payload
-
-
-async def test_whoever_stops_following_cancels(bench: Bench) -> None:
-    prepared = await prepare_sample(bench.context, BODY)
-    async with aclosing(follow(bench.context, prepared.job)) as events:
-        await anext(events)
-    assert (await bench.broker.status(prepared.job.id)).state is JobState.CANCELED
-
-    async def followed(job: Job) -> None:
-        async with aclosing(follow(bench.context, job)) as events:
-            async for _ in events:
-                pass
-
-    again = (await prepare_sample(bench.context, BODY)).job
-    task = asyncio.ensure_future(followed(again))
-    claimed = await bench.claimed()
-    assert claimed.id == again.id
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
-    assert (await bench.broker.status(again.id)).state is JobState.CANCELED
-
-
-async def test_errors_are_raised(bench: Bench) -> None:
-    for error in (InternalError("too bad", code="bad"), Canceled("enough")):
-        prepared = await prepare_sample(bench.context, BODY)
-        async with aclosing(follow(bench.context, prepared.job)) as events:
-            await anext(events)
-            await bench.worker.fail(await bench.claimed(), error)
-            with pytest.raises(type(error), match=error.message):
-                [event async for event in events]
-    with pytest.raises(InvalidRequest):
-        await prepare_sample(bench.context, SampleRequest(model=NAME, num_images=1000))
-
-
-async def test_a_refusal_comes_before_the_first_event(bench: Bench) -> None:
-    await bench.broker.submit(job("first", cost=1_000_000, model=NAME))
-    prepared = await prepare_sample(bench.context, BODY)
-    with pytest.raises(Overloaded):
-        await anext(follow(bench.context, prepared.job))
 
 
 async def test_a_silent_stream_shows_that_it_lives(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
