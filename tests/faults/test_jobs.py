@@ -154,7 +154,8 @@ def test_cancelling_and_expiry_are_seen_everywhere(cluster: Cluster) -> None:
         assert [job["id"] for job in b.get("/v1/jobs").json()["data"]] == [kept["id"]]
         # Whoever goes away from a stream cancels its job, whichever replica is asked about it.
         with stopped(worker.children()[0]), b.stream("POST", "/v1/sample", json=SAMPLE, headers=EVENTS) as response:
-            streamed = Follower(response).until("queued").data["links"]["self"]
+            follower = Follower(response)  # its end would be the connection's
+            streamed = follower.until("queued").data["links"]["self"]
             assert a.get(streamed).json()["state"] in ("queued", "running")
         wait_until(
             lambda: a.get(streamed).status_code == 404 or a.get(streamed).json()["state"] == "canceled", "it ends"
