@@ -91,7 +91,8 @@ def text(*, colors: bool = False, **always: str) -> ProcessorFormatter:
     """A formatter for people."""
     # Its usual formatter of exceptions shows the values of variables, which may be secrets.
     plain = structlog.dev.plain_traceback
-    return _formatter(always, [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain, pad_event_to=0)])
+    renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain, pad_event_to=0, sort_keys=False)
+    return _formatter(always, [renderer])
 
 
 def _formatter(always: Mapping[str, str], last: list[Processor]) -> ProcessorFormatter:

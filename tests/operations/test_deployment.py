@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests.operations.conftest import DOCKER, NOTHING, REQUEST_ID, SECRETS, Depl
 from tests.operations.promql import Exported, Query, exported
 from tests.service.processes import metric, wait_until
 
+DASHBOARD = DOCKER / "grafana" / "dashboards" / "tarflow.json"
 DOCUMENT = DOCKER.parent / "docs" / "monitoring.md"
 RARE = {
     "tarflow_batch_ceiling_rows",
@@ -53,13 +53,19 @@ def known(deployment: Deployment) -> Exported:
 
 def panels() -> list[dict[str, Any]]:
     """Of the dashboard, without its rows."""
-    dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "tarflow.json").read_text())
-    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
 
 
 def queries() -> list[str]:
-    """All that the dashboard asks."""
+    """All that the panels ask."""
     return [target["expr"] for panel in panels() for target in panel["targets"]]
+
+
+def chosen() -> list[tuple[str, str]]:
+    """The metrics, and the labels of them, that the dashboard offers to choose by."""
+    variables = json.loads(DASHBOARD.read_text())["templating"]["list"]
+    found = [re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]) for variable in variables]
+    return [(match[1], match[2]) for match in found if match is not None]
 
 
 def rules() -> Iterator[dict[str, Any]]:
@@ -71,6 +77,9 @@ def rules() -> Iterator[dict[str, Any]]:
 def test_every_query_speaks_of_what_is_exported(known: Exported) -> None:
     asked = [*queries(), *(rule["expr"] for rule in rules())]
     assert {query: wrong for query in asked if (wrong := list(Query.of(query).unknown(known)))} == {}
+    assert chosen()
+    for name, label in chosen():
+        assert label in known[name]
     for panel in panels():
         for target in panel["targets"]:
             shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
@@ -200,6 +209,16 @@ def test_a_request_can_be_followed_into_the_worker(deployment: Deployment) -> No
     assert done["worker"]
 
 
+def test_the_example_of_the_guide_is_such_a_line(deployment: Deployment) -> None:
+    document = DOCUMENT.read_text()
+    [example] = re.findall(r"^```json\n(.*)\n```$", document, re.MULTILINE)
+    [line] = [line for line in logged(deployment.api.log) if line.get("op") == "score"]
+    assert list(json.loads(example)) == list(line)
+    explained = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]+)\|", document, re.MULTILINE))))
+    lines = logged(deployment.api.log) + logged(deployment.worker.log)
+    assert {field for line in lines for field in line} <= explained
+
+
 def test_requests_are_lines_and_polls_are_not(deployment: Deployment) -> None:
     requests = [line for line in logged(deployment.api.log) if line["event"] == "request"]
     said = {(line["status"], line["outcome"], line.get("code")) for line in requests if line.get("op") == "sample"}
@@ -242,7 +261,7 @@ def test_what_is_shipped_fits_together() -> None:
         assert {target["datasource"]["uid"] for target in panel["targets"]} == {source["uid"]}, panel["title"]
     places = [
         (x, y)
-        for panel in json.loads(Path(DOCKER / "grafana" / "dashboards" / "tarflow.json").read_text())["panels"]
+        for panel in json.loads(DASHBOARD.read_text())["panels"]
         for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
         for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
     ]

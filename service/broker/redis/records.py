@@ -134,6 +134,7 @@ def _endings(counters: Mapping[str, bytes]) -> dict[Ending, int]:
         if name.startswith("ended:"):
             _, op, how, model = name.split(":", 3)
             kind, _, code = how.partition("/")
-            outcome = ServiceError.from_wire({"error": kind, "code": code}).outcome if code else "ok"
+            error = None if kind == JobState.COMPLETED else ServiceError.from_wire({"error": kind, "code": code})
+            outcome = "ok" if error is None else error.outcome
             found[Ending(model, Op(op), outcome)] += int(count)
     return dict(found)

@@ -47,8 +47,9 @@ for i = 1, lanes do
       took(lane, tonumber(job.start))
       if job.detached == '1' then event(job.id, 'started', '{"attempt": ' .. job.attempt .. '}') end
       rows = rows + job.rows
+      local rest = call('HMGET', job.key, 'request', 'payload')
       jobs[#jobs + 1] = {job.id, job.op, job.model, job.rows, job.cost, job.attempt, job.detached, waited,
-        call('HGET', job.key, 'request') or '', call('HGET', job.key, 'payload')}
+        rest[1] or '', rest[2]}
       if lost then break end
     end
   end
