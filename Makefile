@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := redis-server dataset-fashion-mnist curl
+PACKAGES := redis-server dataset-fashion-mnist curl prometheus
 DATASET := /usr/share/datasets/fashion-mnist
 # Tests run beside a service and its workers: one thread each keeps them from fighting over cores.
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -38,12 +38,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-tools: ## what the tests need from the system: a real redis-server, a real data set, curl
-	@if ! command -v redis-server >/dev/null || ! command -v curl >/dev/null || ! test -d $(DATASET); then \
+tools: ## what the tests need from the system: a real redis-server and Prometheus, a real data set, curl
+	@if ! command -v redis-server >/dev/null || ! command -v curl >/dev/null \
+	  || ! command -v promtool >/dev/null || ! test -d $(DATASET); then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(PACKAGES) >/dev/null; \
 	  else \
-	    echo "The tests need redis-server (6.2 or later), curl, and Fashion-MNIST in $(DATASET):" >&2; \
+	    echo "The tests need redis-server (6.2 or later), curl, prometheus, and Fashion-MNIST in $(DATASET):" >&2; \
 	    echo "on Debian or Ubuntu, 'sudo apt-get install $(PACKAGES)'." >&2; exit 1; \
 	  fi; fi
 

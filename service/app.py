@@ -177,7 +177,7 @@ def guard(app: FastAPI, parts: tuple[Part, ...], settings: Settings) -> None:
             allow_headers=("*",),
             expose_headers=EXPOSED,
         )
-    app.add_middleware(Observing, metrics=app.state.metrics)
+    app.add_middleware(Observing, metrics=app.state.metrics, scopes=scopes)
     app.add_middleware(SecurityHeaders)
 
 

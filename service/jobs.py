@@ -112,6 +112,10 @@ class Job:
     """Images × patches × passes: what admission and claiming count."""
     attempt: int = 1
     """Which worker in a row has it; results of earlier attempts are refused."""
+    request_id: str = field(default="", compare=False)
+    """Of the request that asked for it, for logs alone."""
+    waited: float | None = field(default=None, compare=False)
+    """Seconds from acceptance until its first worker took it, by the broker's clock; told to that worker alone."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for a message."""

@@ -52,6 +52,9 @@ class SharedSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json, an object a line, or text; auto writes text to a terminal and JSON to all else."
+    )
 
 
 class Settings(SharedSettings):

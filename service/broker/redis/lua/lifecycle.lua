@@ -48,6 +48,16 @@ local function drop_lease(job)
   call('HINCRBY', STATE, 'running:' .. job.op, -1)
 end
 
+-- Counted by the name of the error and its code: what they come to is no business of Redis.
+local function count_end(job, state, error)
+  local how = state
+  if error then
+    local wire = cjson.decode(error)
+    how = wire.error .. '/' .. wire.code
+  end
+  call('HINCRBY', STATE, 'ended:' .. job.op .. ':' .. how .. ':' .. job.model, 1)
+end
+
 -- Ends a job: its result or error stays for as long as its caller wanted, and all who wait are told.
 local function finish(job, state, error, result, token)
   if job.state == 'queued' then dequeue(job) else drop_lease(job) end
@@ -58,6 +68,7 @@ local function finish(job, state, error, result, token)
   call('HDEL', job.key, 'payload', 'owner')
   call('HSET', job.key, 'state', state, 'ended', now, 'expires', now + keep, 'token', token or '')
   if error then call('HSET', job.key, 'error', error) end
+  count_end(job, state, error)
   if result then call('HSET', job.key, 'result', result, 'progress', 1) end
   call('PEXPIRE', job.key, keep)
   if job.idempotency ~= '' then
