@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from prometheus_client import ProcessCollector, start_http_server
+from prometheus_client import ProcessCollector
 
 from model.device import resolve_device, visible_devices
 from service.broker.base import BrokerGone, Limits, WorkerBroker
@@ -21,6 +21,7 @@ from service.jobs import EXIT_UNUSABLE, REDIS_VARIABLE
 from service.worker.engine import Engine
 from service.worker.metrics import WorkerMetrics
 from service.worker.models import LOAD_FAULTS, load_models
+from service.worker.operations import answer_operations
 from service.worker.watchdog import Watchdog
 
 
@@ -87,17 +88,17 @@ def main() -> int:
     if options.supervised:
         threading.Thread(target=_leave_with_the_supervisor, name="supervisor", daemon=True).start()
     torch.set_num_threads(options.threads)
-    metrics = WorkerMetrics(options.id)
+    metrics, watchdog = WorkerMetrics(options.id), Watchdog(options.slice_limit_seconds)
     try:
         if options.metrics_port:
             ProcessCollector(registry=metrics.registry)
-            start_http_server(options.metrics_port, registry=metrics.registry)
+            ready_seconds = Limits(**options.limits).ready_seconds
+            answer_operations(options.metrics_port, metrics.registry, lambda: watchdog.heard_within(ready_seconds))
         device = resolve_device(options.device)
         models = load_models(options.models, device, options.batch_rows, options.model_memory)
     except LOAD_FAULTS as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
-    watchdog = Watchdog(options.slice_limit_seconds)
     try:
         broker = _connect(options, watchdog)
         engine = Engine(
