@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,10 @@ class Container(Process):
 
     def service(self) -> int:
         """Process id, here, of what an engine would call the container's first process."""
-        return self._builder.pid(self)
+        wait_until(lambda: self.process.poll() is not None or self._builder.pid(self) is not None, "it runs")
+        pid = self._builder.pid(self)
+        assert pid is not None, self.log
+        return pid
 
     def user(self) -> int:
         """Whose that process is."""
@@ -71,6 +74,14 @@ class Container(Process):
         if self.process.poll() is None:
             os.kill(self.service(), sent)
         return self.wait()
+
+    def kill(self) -> None:
+        """Make sure that nothing is left, within and here."""
+        pid = None if self.process.poll() is not None else self._builder.pid(self)
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        super().kill()
 
 
 class Builder(ABC):
@@ -101,8 +112,8 @@ class Builder(ABC):
         """Run a command in a container that runs."""
 
     @abstractmethod
-    def pid(self, container: Container) -> int:
-        """Process id of a container's first process."""
+    def pid(self, container: Container) -> int | None:
+        """Process id of a container's first process, if it runs."""
 
     @abstractmethod
     def output(self, target: str, command: Sequence[str]) -> str:
@@ -166,8 +177,8 @@ class Docker(Builder):
     def exec(self, name: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["docker", "exec", name, *command], capture_output=True, text=True, check=False)
 
-    def pid(self, container: Container) -> int:
-        return int(run("docker", "container", "inspect", "--format", "{{.State.Pid}}", container.name))
+    def pid(self, container: Container) -> int | None:
+        return int(run("docker", "container", "inspect", "--format", "{{.State.Pid}}", container.name)) or None
 
     def output(self, target: str, command: Sequence[str]) -> str:
         return run("docker", "run", "--rm", "--entrypoint", command[0], self._tag(target), *command[1:])
@@ -270,18 +281,13 @@ class Buildah(Builder):
         words = [*self._command, "run", "--isolation", "chroot", *self._given[name], name, "--", *command]
         return subprocess.run(words, capture_output=True, text=True, check=False)
 
-    def pid(self, container: Container) -> int:
-        def found() -> list[int]:
-            return [
-                pid
-                for pid in offspring(container.process.pid)
-                if b"tarflow" in Path(f"/proc/{pid}/cmdline").read_bytes()
-                and b"buildah" not in Path(f"/proc/{pid}/comm").read_bytes()
-                and not Path(f"/proc/{pid}/exe").readlink().name.startswith("buildah")
-            ]
-
-        wait_until(lambda: container.process.poll() is not None or bool(found()), "it runs")
-        return found()[0]
+    def pid(self, container: Container) -> int | None:
+        for pid in offspring(container.process.pid):
+            with suppress(FileNotFoundError):
+                # buildah starts itself several times on the way.
+                if Path(f"/proc/{pid}/exe").readlink().name.startswith("python"):
+                    return pid
+        return None
 
     def output(self, target: str, command: Sequence[str]) -> str:
         return self._buildah("run", "--isolation", "chroot", self._container(f"localhost/{target}"), "--", *command)
