@@ -41,10 +41,10 @@ def offspring(pid: int) -> Iterator[int]:
     found = [pid]
     for parent in found:
         yield parent
-        try:
-            found += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
-        except FileNotFoundError:
-            continue
+        with suppress(FileNotFoundError):
+            # Any thread may have started one.
+            for children in Path(f"/proc/{parent}/task").glob("*/children"):
+                found += map(int, children.read_text().split())
 
 
 class Container(Process):
@@ -199,10 +199,13 @@ class Buildah(Builder):
         super().__init__(directory)
         self._store = Path(tempfile.mkdtemp(prefix="tarflow-images-"))
         self._command = ["buildah", "--root", f"{self._store}/root", "--runroot", f"{self._store}/run"]
-        self._command += ["--storage-driver", "vfs"]
         self._containers: list[str] = []
         self._given: dict[str, list[str]] = {}
-        self._make_base()
+        try:
+            self._make_base()
+        except BaseException:
+            self.close()
+            raise
 
     def _buildah(self, *arguments: str | Path) -> str:
         return run(*self._command, *arguments)
@@ -234,7 +237,10 @@ class Buildah(Builder):
         file = self._store / "pip.conf"
         lines = [f"{name} = {' '.join(value.split())}" for name, value in settings.items()]
         file.write_text("\n".join(["[global]", *lines]) + "\n")
-        places = [Path(word) for value in settings.values() for word in value.split() if Path(word).is_dir()]
+        words = [word for value in settings.values() for word in value.split()]
+        # An index of files refers to what lies beside it.
+        places = [Path(word.removeprefix("file://")).parent for word in words if word.startswith("file:///")]
+        places = [place for place in [*places, *map(Path, words)] if place.is_dir()]
         pairs = [(file, "/etc/pip.conf"), (Path("/etc/ssl/certs"), "/etc/ssl/certs"), *((p, str(p)) for p in places)]
         return [f"--volume={source}:{target}:ro" for source, target in pairs]
 
@@ -249,7 +255,7 @@ class Buildah(Builder):
         return json.loads(self._buildah("inspect", "--type", "image", f"localhost/{target}"))["Docker"]["config"]
 
     def _container(self, image: str) -> str:
-        container = self._buildah("from", "--pull-never", image)
+        container = self._buildah("from", "--pull=never", image)
         self._containers.append(container)
         return container
 
