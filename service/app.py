@@ -76,10 +76,10 @@ with **/v1/denoise**. Say what is normal with **/v1/calibrations**. Every error 
 `{"error": {"message", "type", "param", "code"}}`. Clients of Triton and KServe find the same under **/v2**, where it is
 `{"error": "message"}`.
 
-Headers that any request may have: `X-Request-Timeout` (seconds, up to the service's own limit), `X-Request-Id` (returned,
-and in the log). Those of operations: `Prefer: respond-async` (202, and a job to ask for), `Accept: text/event-stream`
-(progress as it happens), `Idempotency-Key` (safe to repeat). With a key whose rate is limited every answer has
-`x-ratelimit-limit-requests`, `-remaining-requests` and `-reset-requests`; 429 and 503 have `Retry-After`.
+Headers that any request may have: `X-Request-Timeout` (seconds, up to the service's own limit), `X-Request-Id`
+(returned, and in the log). Those of operations: `Prefer: respond-async` (202, and a job to ask for), `Accept:
+text/event-stream` (progress as it happens), `Idempotency-Key` (safe to repeat). With a key whose rate is limited every
+answer has `x-ratelimit-limit-requests`, `-remaining-requests` and `-reset-requests`; 429 and 503 have `Retry-After`.
 """
 
 

@@ -23,6 +23,7 @@ from service.jobs import EXIT_UNUSABLE, REDIS_VARIABLE
 from service.worker.engine import Engine
 from service.worker.metrics import WorkerMetrics
 from service.worker.models import LOAD_FAULTS, load_models
+from service.worker.operations import answer_operations
 from service.worker.watchdog import Watchdog
 
 
@@ -90,17 +91,17 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     # When a counter was first counted is nobody's question, and would be a series for each.
     disable_created_metrics()
-    metrics = WorkerMetrics(options.id)
+    metrics, watchdog = WorkerMetrics(options.id), Watchdog(options.slice_limit_seconds)
     try:
         if options.metrics_port:
-            metrics.tell(options.metrics_port)
+            ready_seconds = Limits(**options.limits).ready_seconds
+            answer_operations(options.metrics_port, metrics.apart(), lambda: watchdog.heard_within(ready_seconds))
         device = resolve_device(options.device)
         metrics.introduce(str(device), torch.__version__)
         models = load_models(options.models, device, options.batch_rows, options.model_memory)
     except LOAD_FAULTS as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
-    watchdog = Watchdog(options.slice_limit_seconds)
     try:
         broker = _connect(options, watchdog)
         engine = Engine(

@@ -16,7 +16,6 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    start_http_server,
 )
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -141,13 +140,13 @@ class WorkerMetrics(Collector):
         for outcome in CERTIFICATES:
             self.certificates.labels(model=model, outcome=outcome)
 
-    def tell(self, port: int) -> None:
-        """Answer Prometheus on a port of the worker's own; what is told there is not told to the API."""
+    def apart(self) -> CollectorRegistry:
+        """All of it and the process's own, for a port of the worker; what is told there is not told to the API."""
         ProcessCollector(registry=self.registry)
         exported = CollectorRegistry()
         exported.register(self)
-        start_http_server(port, registry=exported)
         self._tells_itself = True
+        return exported
 
     @contextmanager
     def computing(self, model: str, op: str) -> Iterator[None]:
