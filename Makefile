@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := redis-server dataset-fashion-mnist curl
+PACKAGES := redis-server dataset-fashion-mnist curl chromium fonts-liberation
 DATASET := /usr/share/datasets/fashion-mnist
 # Tests run beside a service and its workers: one thread each keeps them from fighting over cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 # Whole files, since a file's tests may share a server.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: serve test check verify lint format tools clean
+.PHONY: serve test check verify lint format tools screenshots clean
 
 serve: $(STAMP) ## answer on http://127.0.0.1:8000 with the bundled model
 	$(BIN)/tarflow serve
@@ -38,14 +38,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-tools: ## what the tests need from the system: a real redis-server, a real data set, curl
-	@if ! command -v redis-server >/dev/null || ! command -v curl >/dev/null || ! test -d $(DATASET); then \
+tools: ## what the tests need from the system: a real redis-server, a real data set, curl, a browser
+	@if ! command -v redis-server >/dev/null || ! command -v curl >/dev/null || \
+	    ! command -v chromium >/dev/null || ! test -d $(DATASET); then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(PACKAGES) >/dev/null; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; \
 	  else \
-	    echo "The tests need redis-server (6.2 or later), curl, and Fashion-MNIST in $(DATASET):" >&2; \
+	    echo "The tests need redis-server (6.2 or later), curl, chromium, and Fashion-MNIST in $(DATASET):" >&2; \
 	    echo "on Debian or Ubuntu, 'sudo apt-get install $(PACKAGES)'." >&2; exit 1; \
 	  fi; fi
+
+screenshots: $(STAMP) tools ## make the pictures of the page that the README shows
+	$(ONE_THREAD) $(BIN)/python -m tests.page.screenshots
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
