@@ -1,17 +1,22 @@
-"""A browser for a file's tests, on the services of tests/service."""
+"""A browser for a file's tests, on a service of two models."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
 
+from model.bundle import BUNDLED
+from model.config import NoiseProtocol
+from service.local import import_checkpoint
 from tests.page.visitor import WIDE, Visitor, chromium
-from tests.service.conftest import client, models, pytest_runtest_makereport, server, start
+from tests.service.conftest import REFERENCE, client, pytest_runtest_makereport, server
 from tests.service.processes import ServerProcess
 
-__all__ = ["client", "models", "pytest_runtest_makereport", "server", "start"]
+__all__ = ["client", "pytest_runtest_makereport", "server"]
 
 Visit = Callable[..., Visitor]
 
@@ -20,6 +25,16 @@ Visit = Callable[..., Visitor]
 def anyio_backend() -> str:
     """Tests of coroutines run on asyncio alone."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles: fashion-mnist, which has all, and tiny, which has neither classes nor a calibration."""
+    directory = tmp_path_factory.mktemp("models")
+    shutil.copytree(BUNDLED / "fashion-mnist", directory / "fashion-mnist")
+    noise = NoiseProtocol(kind="gaussian", std=0.05)
+    import_checkpoint(REFERENCE / "tiny_uncond.pth", directory / "tiny", noise, name="tiny", class_names=None)
+    return directory
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def main() -> None:
             context = browser.new_context(viewport=WINDOW, device_scale_factor=1.25, reduced_motion="reduce")
             visitor = Visitor(context, server.wait_ready().url).is_ready()
             visitor.draw(label="Ankle boot", count=4, seed=7)
-            visitor["[data-example='example-stained.png']"].click()
+            visitor["[data-example='example-patched.png']"].click()
             visitor.is_judged()
             visitor.page.evaluate("document.activeElement.blur()")
             for scheme in SCHEMES:

@@ -102,7 +102,7 @@ def test_a_job_that_waits_says_so_and_can_be_canceled(
             for _ in range(2)
         ]
         visitor["#draw-go"].click()
-        visitor.says("#draw-state", re.compile(r"\d jobs? goe?s? first|next in line|Waiting for a worker"))
+        visitor.says("#draw-state", re.compile(r"\d jobs? goe?s? first"))
         expect(visitor["#draw-cancel"]).to_be_focused()
         visitor.says("#queue", "queued")
         assert visitor.faults() == []
@@ -111,8 +111,12 @@ def test_a_job_that_waits_says_so_and_can_be_canceled(
         expect(visitor["#draw-go"]).to_be_focused()
         for links in ahead:
             client.delete(links["self"])
-    jobs = client.get("/v1/jobs", params={"limit": 3}).json()["data"]
-    assert {job["state"] for job in jobs} == {"canceled"}
+
+    def all_are_canceled() -> bool:
+        jobs = client.get("/v1/jobs", params={"limit": 3}).json()["data"]
+        return {job["state"] for job in jobs} == {"canceled"}
+
+    wait_until(all_are_canceled, "the worker has heard of it, too")
 
 
 def test_a_stream_is_taken_up_again_where_it_broke(visitor: Visitor, client: httpx.Client) -> None:
@@ -140,7 +144,7 @@ def test_an_upload_is_judged_and_it_is_shown_where_and_why(visitor: Visitor, cli
     fields = {"alpha": "0.01", "maps": "overlay"}
     [result] = client.post("/v1/score", files={"files": ("noise.png", noise)}, data=fields).json()["images"]
     assert result["is_anomaly"]
-    visitor.says("#judge-state", f"Unusual: p-value {result['p_value']:.3g}, at a level of 1%.")
+    visitor.says("#judge-state", f"Unusual: p-value {result['p_value']:.2g}, at a level of 1%.")
     assert base64.b64decode(result["map"]["b64"]) == shown(visitor, "#judge-stage .map")
     expect(visitor["#judge-stage .map"]).to_be_visible()
     visitor["#verdict .switch button >> nth=0"].click()
@@ -151,12 +155,12 @@ def test_an_upload_is_judged_and_it_is_shown_where_and_why(visitor: Visitor, cli
     rows = visitor["#verdict tbody th"].all_inner_texts()
     named = [row.partition("\n")[0].replace(" ", "_") for row in rows]
     assert named[0] == "combined"
-    assert set(named) == set(result["features"])
+    assert set(named) == set(result["features"]) - {"combined_without_codes"}
     assert visitor.faults() == []
 
 
 def test_examples_need_no_file_and_the_level_is_a_choice(visitor: Visitor) -> None:
-    visitor["[data-example='example-stained.png']"].click()
+    visitor["[data-example='example-patched.png']"].click()
     visitor.says("#judge-state", "Unusual")
     visitor["[data-example='example-boot.png']"].click()
     visitor.says("#judge-state", "Normal")
@@ -182,9 +186,7 @@ def test_the_keyboard_alone_is_enough(visitor: Visitor) -> None:
 
     def walk_to(selector: str) -> None:
         for _ in range(40):
-            if visitor[selector].evaluate(
-                "node => node === document.activeElement || node.contains(document.activeElement)"
-            ):
+            if visitor.page.evaluate("selector => document.activeElement.matches(selector)", selector):
                 return
             keyboard.press("Tab")
         pytest.fail(f"no key leads to {selector}")
@@ -218,18 +220,16 @@ def test_images_can_be_dropped_and_pasted(visitor: Visitor) -> None:
         visitor.is_judged()
 
 
-def test_models_without_classes_or_calibration(visitor: Visitor) -> None:
-    visitor.choose_model("tiny-uncond")
+def test_a_model_without_classes_and_calibration_draws_and_scores(visitor: Visitor) -> None:
+    visitor.choose_model("tiny")
     assert visitor["#class"].inner_text().strip() == "no class"
     visitor.draw(count=1, seed=5)
     visitor.says("#draw-state", "1 image without a class, seed 5")
-    visitor["#draw-facts div > button"].click()
-    visitor.says("#judge-state", "p-value")
-    expect(visitor["#verdict >> text=Which class?"]).to_have_count(0)
-    visitor.choose_model("tiny-cond")
-    visitor.says("#judge-state", "bits per dimension")
     visitor.says("#calibration-note", "no calibration")
+    visitor["#draw-facts div > button"].click()
+    visitor.says("#judge-state", "bits per dimension")
     expect(visitor["#verdict .headline"]).to_have_count(0)
+    expect(visitor["#verdict >> text=Which class?"]).to_have_count(0)
 
 
 # What can go wrong
@@ -278,6 +278,8 @@ def test_a_key_is_asked_for_and_what_is_missing_is_said(tmp_path: Path, open_pag
             visitor["#key-value"].fill(key)
             visitor["#key-value"].press("Enter")
             expect(alert).to_contain_text(title)
+            if key == "wrong":
+                expect(visitor["#key-value"]).to_have_attribute("aria-invalid", "true")
         expect(visitor["#model-failure button"]).to_have_text(re.compile(r"Try again in \d+ s"))
         expect(visitor["#model-failure button"]).to_be_disabled()
         expect(visitor["#model-failure button"]).to_have_text("Try again")
@@ -300,13 +302,13 @@ def test_a_service_that_is_gone_is_no_riddle(tmp_path: Path, open_page: Visit) -
     try:
         visitor = open_page(api.url)
         visitor.says("#model-failure", "Not ready just now")
+        visitor.may_lose_service = True
     finally:
         api.kill()
     visitor["[data-example='example-boot.png']"].focus()
     expect(visitor["#model-failure button"]).to_be_enabled()
     visitor["#model-failure button"].click()
     visitor.says("#model-failure", "The service does not answer")
-    visitor.problems = [each for each in visitor.problems if "ERR_CONNECTION_REFUSED" not in each]
 
 
 # Looks
@@ -335,8 +337,8 @@ def test_colours_follow_the_system_and_the_choice(visitor: Visitor) -> None:
 def test_a_narrow_window_shows_everything(server: ServerProcess, open_page: Visit) -> None:
     visitor = open_page(server.url, viewport=NARROW).is_ready()
     assert visitor.overflow() <= 0
-    visitor.draw(count=9)
-    visitor["[data-example='example-stained.png']"].click()
+    visitor.draw(count=4)
+    visitor["[data-example='example-patched.png']"].click()
     visitor.is_judged()
     for summary in visitor["main details > summary"].all():
         summary.click()
@@ -348,7 +350,7 @@ def test_the_service_is_described_and_left_alone_when_nobody_looks(visitor: Visi
     visitor.says("#health", "Ready · 1 worker")
     visitor.says("#workers", "cpu")
     visitor.says("#queue", "waiting")
-    visitor.says("#models", "tiny-vp")
+    visitor.says("#models", "tiny")
     page, asked = visitor.page, []
     page.clock.install()
     page.reload()

@@ -17,7 +17,11 @@ from tests.service.processes import PATIENCE
 Scheme = Literal["light", "dark"]
 WIDE = {"width": 1280, "height": 900}
 NARROW = {"width": 360, "height": 740}
-RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
+RULES: dict[Scheme, list[str]] = {
+    "light": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
+    # What depends on colours.
+    "dark": ["color-contrast", "link-in-text-block"],
+}
 SERIOUS = ("serious", "critical")
 REMEMBER = """
 window.said = [];
@@ -49,6 +53,7 @@ class Visitor:
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.url, self.context = url, context
         self.problems: list[str] = []
+        self.may_lose_service = False
         self.page: Page = context.new_page()
         self.page.set_default_timeout(1000 * PATIENCE)
         self.page.add_init_script(REMEMBER)
@@ -60,6 +65,7 @@ class Visitor:
     def _hear(self, message: Any) -> None:
         # Chromium itself tells of every answer from 400 on; what the page makes of them is what is tested.
         told = message.text.startswith("Failed to load resource: the server responded with a status of")
+        told |= self.may_lose_service and "net::ERR_CONNECTION_REFUSED" in message.text
         if message.type in ("error", "warning") and not told:
             self.problems.append(f"{message.type}: {message.text}")
 
@@ -118,9 +124,9 @@ class Visitor:
     def faults(self) -> list[str]:
         """What axe finds serious, in light and in dark colours."""
         found = []
-        for scheme in ("light", "dark"):
+        for scheme, rules in RULES.items():
             self.page.emulate_media(color_scheme=scheme)
-            for fault in Axe().run(self.page, options=RULES).response["violations"]:
+            for fault in Axe().run(self.page, options={"runOnly": rules}).response["violations"]:
                 targets = [(node["target"], node["failureSummary"]) for node in fault["nodes"]]
                 if fault["impact"] in SERIOUS:
                     found.append(f"{scheme}: {fault['id']}: {targets}")

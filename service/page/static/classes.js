@@ -3,7 +3,7 @@
 import { ask } from "./api.js";
 import { make } from "./elements.js";
 import { showFailure } from "./failures.js";
-import { percent } from "./numbers.js";
+import { probable } from "./numbers.js";
 
 const MOST_SHOWN = 5;
 
@@ -34,6 +34,6 @@ function bar({ class: name, probability }) {
     { class: "bar-row" },
     make("span", {}, name),
     make("meter", { min: 0, max: 1, value: probability ?? 0, "aria-label": `Probability of ${name}` }),
-    make("span", { class: "figure" }, probability === null ? "not finite" : percent(probability)),
+    make("span", { class: "figure" }, probability === null ? "not finite" : probable(probability)),
   );
 }

@@ -68,7 +68,7 @@ export class Gallery {
   #select(index) {
     this.selected = index;
     this.tiles.forEach((tile, i) => {
-      tile.disabled = false;
+      tile.disabled = this.tiles.length === 1; // there is nothing to choose
       tile.setAttribute("aria-pressed", String(i === index));
     });
     this.frames.forEach((frame, place) => frame[index] && this.strip.fill(place, frame[index]));

@@ -33,7 +33,7 @@ function requestOf(model, { blob, name }) {
 function saidOf(result) {
   if (result.is_anomaly === null) return `Scored: ${fixed(result.bits_per_dim, 3)} bits per dimension.`;
   const verdict = result.is_anomaly ? "Unusual" : "Normal";
-  return `${verdict}: p-value ${short(result.p_value)}, at a level of ${percent(result.alpha)}.`;
+  return `${verdict}: p-value ${short(result.p_value, 2)}, at a level of ${percent(result.alpha)}.`;
 }
 
 /** Lay the image, as the model will see it: the middle square. */

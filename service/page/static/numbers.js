@@ -22,6 +22,12 @@ export const fixed = (value, decimals) => minus(value.toFixed(decimals));
 /** A share as a percentage. */
 export const percent = (share, digits = 2) => `${Number((100 * share).toPrecision(digits))}%`;
 
+/** A probability, where the first per mille and the last are all the same to a reader. */
+export function probable(share) {
+  if (share < 0.001) return "< 0.1%";
+  return share > 0.999 ? "> 99.9%" : percent(share, 3);
+}
+
 export const seconds = (milliseconds) =>
   milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`;
 

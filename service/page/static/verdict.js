@@ -16,7 +16,7 @@ function headline(result) {
     "div",
     { class: "headline", dataset: { anomaly: String(result.is_anomaly) } },
     make("h3", {}, word),
-    make("p", {}, make("strong", {}, `p = ${short(result.p_value)}`), `: ${said}.`),
+    make("p", {}, make("strong", {}, `p = ${short(result.p_value, 2)}`), `: ${said}.`),
   );
 }
 
@@ -36,7 +36,7 @@ function regionsOf(regions) {
 }
 
 const directionOf = ({ direction }) =>
-  direction === "too_unlikely" ? "less likely than most normal images" : "more likely than most normal images";
+  direction === "too_unlikely" ? "less likely than the median normal image" : "more likely than the median normal image";
 
 function likelihoodOf({ log_likelihood: nats, log_likelihood_std: spread, bits_per_dim: bits, protocol }) {
   const steady = spread === null ? "" : ` ± ${fixed(spread, 1)}`;
