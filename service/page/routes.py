@@ -41,7 +41,7 @@ def _wants_page(accept: str) -> bool:
 
 
 def _answer(request: Request, file: PageFile, cache_control: str, **more: str) -> Response:
-    headers = {"cache-control": cache_control, "etag": file.etag, "vary": "Accept, Accept-Encoding", **more}
+    headers = {"cache-control": cache_control, "etag": file.etag, "vary": "Accept-Encoding", **more}
     if file.etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     content = file.content
@@ -65,7 +65,8 @@ def page_router() -> APIRouter:
     async def index(request: Request) -> Response:
         if not _wants_page(request.headers.get("accept", "")):
             return Response(TEXT, media_type="text/plain; charset=utf-8", headers={"vary": "Accept"})
-        return _answer(request, page.index, REVALIDATED, **{"content-security-policy": POLICY})
+        more = {"content-security-policy": POLICY, "vary": "Accept, Accept-Encoding"}
+        return _answer(request, page.index, REVALIDATED, **more)
 
     router.add_api_route("/", index, methods=["GET", "HEAD"])
     for name in page.others:
