@@ -32,6 +32,7 @@ from service.calibrator import Calibrator
 from service.drain import Drain, Draining
 from service.drift import Drift
 from service.metrics import ServiceMetrics
+from service.page.routes import page_router
 from service.settings import Settings
 from service.state import State
 
@@ -140,6 +141,8 @@ def create_app(
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)
     app.state.drain, app.state.restarts = drain, restarts
     parts = (*PARTS, *ADMINISTRATION) if settings.administers else PARTS
+    if settings.page:
+        parts = (*parts, (page_router(), None))
     limits = BodyLimits(settings.max_body_bytes, {calibrating.PATH: settings.max_calibration_bytes})
     # Inside of Entrance and Observing, which answer in the envelope where FastAPI's own limit would not.
     app.add_middleware(BodyLimit, limits=limits)

@@ -118,6 +118,7 @@ class Settings(SharedSettings):
         description="Without keys, answer /v1/admin too, where whoever reaches the port can load and unload models; "
         "with keys it is always there, for those of scope admin.",
     )
+    page: bool = Field(True, description="Show browsers a page at /; it is open to anyone, and holds no secret.")
     drain_seconds: int = Field(30, ge=0, description="Seconds that running requests get to finish on shutdown.")
 
     @field_validator("cors")
