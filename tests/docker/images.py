@@ -199,7 +199,6 @@ class Buildah(Builder):
         super().__init__(directory)
         self._store = Path(tempfile.mkdtemp(prefix="tarflow-images-"))
         self._command = ["buildah", "--root", f"{self._store}/root", "--runroot", f"{self._store}/run"]
-        self._containers: list[str] = []
         self._given: dict[str, list[str]] = {}
         try:
             self._make_base()
@@ -255,9 +254,7 @@ class Buildah(Builder):
         return json.loads(self._buildah("inspect", "--type", "image", f"localhost/{target}"))["Docker"]["config"]
 
     def _container(self, image: str) -> str:
-        container = self._buildah("from", "--pull=never", image)
-        self._containers.append(container)
-        return container
+        return self._buildah("from", "--pull=never", image)
 
     def _bytes(self, image: str) -> int:
         """Of all files, each once however many names it has."""
@@ -299,8 +296,11 @@ class Buildah(Builder):
         return self._buildah("run", "--isolation", "chroot", self._container(f"localhost/{target}"), "--", *command)
 
     def close(self) -> None:
-        for container in self._containers:
-            subprocess.run([*self._command, "rm", container], capture_output=True, check=False)
+        subprocess.run([*self._command, "rm", "--all"], capture_output=True, check=False)
+        # Those of containers that were being built, and the store's own.
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for place in sorted((place for place in mounted if place.startswith(f"{self._store}/")), reverse=True):
+            run("umount", place)
         shutil.rmtree(self._store)
 
 
