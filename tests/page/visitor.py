@@ -65,7 +65,7 @@ class Visitor:
     def _hear(self, message: Any) -> None:
         # Chromium itself tells of every answer from 400 on; what the page makes of them is what is tested.
         told = message.text.startswith("Failed to load resource: the server responded with a status of")
-        told |= self.may_lose_service and "net::ERR_CONNECTION_REFUSED" in message.text
+        told |= self.may_lose_service and message.text.startswith("Failed to load resource: net::ERR_")
         if message.type in ("error", "warning") and not told:
             self.problems.append(f"{message.type}: {message.text}")
 
