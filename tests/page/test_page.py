@@ -293,6 +293,7 @@ def test_a_key_is_asked_for_and_what_is_missing_is_said(tmp_path: Path, open_pag
         visitor["#key-forget"].click()
         expect(alert).to_contain_text("A key is needed")
         assert secrets["infer"] not in api.log
+        visitor.may_lose_service = True
     finally:
         api.kill()
 
