@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -69,17 +70,20 @@ def about(first: Job, *others: Job) -> dict[str, Any]:
 
 def configure(level: str, log_format: LogFormat, **always: str) -> None:
     """Log to standard error from here on; ``always`` are fields of every line, such as the worker's id."""
-    as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    # There is none where it was closed before the process began.
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    as_text = log_format == "text" or (log_format == "auto" and on_terminal)
     handler = logging.StreamHandler()
-    handler.setFormatter(text(colors=sys.stderr.isatty(), **always) if as_text else lines(**always))
+    handler.setFormatter(text(colors=on_terminal, **always) if as_text else lines(**always))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)
     # No line shows these, and each costs every line a look.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if sys.version_info >= (3, 12):
         logging.logAsyncioTasks = False
-    # What ends the process is a line as the others.
+    # What ends the process or one of its threads is a line as the others.
     sys.excepthook = _uncaught
+    threading.excepthook = _uncaught_in_thread
 
 
 def lines(**always: str) -> ProcessorFormatter:
@@ -128,3 +132,10 @@ def _uncaught(kind: type[BaseException], error: BaseException, where: TracebackT
         sys.__excepthook__(kind, error, where)
         return
     log.critical("an error that nobody handles ends this process", exc_info=(kind, error, where))
+
+
+def _uncaught_in_thread(ended: threading.ExceptHookArgs) -> None:
+    if ended.exc_type is SystemExit:
+        return
+    error = ended.exc_value or ended.exc_type()
+    log.error("an error that nobody handles ends a thread", exc_info=(ended.exc_type, error, ended.exc_traceback))

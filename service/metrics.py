@@ -11,11 +11,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.broker.base import QueueStats, WorkerStatus
+from service.broker.base import Ending, QueueStats, WorkerStatus
 from service.drift import Drift
 from service.jobs import Op
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 1, 3, 10, 30, 120, 480, 1920, 7680)
+EXPECTED = ("ok", "error", "oom", "timeout", "worker_lost")
+"""Outcomes of jobs that the alerts look at."""
 
 
 class ServiceMetrics:
@@ -105,7 +107,10 @@ class _Present(Collector):
         jobs = CounterMetricFamily(
             "tarflow_jobs", "Jobs that have ended, asynchronous ones too, by outcome", labels=["model", "op", "outcome"]
         )
-        for ending, count in stats.ended.items():
+        # From 0 on where the alerts look: an increase from nothing would not be seen.
+        names = {model.name for worker in self._workers for model in worker.info.models}
+        expected = {Ending(name, op, outcome): 0 for name in sorted(names) for op in Op for outcome in EXPECTED}
+        for ending, count in {**expected, **stats.ended}.items():
             jobs.add_metric([ending.model, str(ending.op), ending.outcome], count)
         yield jobs
         yield _counter(

@@ -162,6 +162,11 @@ def test_outcomes_and_waits_are_counted_once_each(deployment: Deployment) -> Non
     # What was answered later is among the jobs, and has waited like the others.
     assert metric(api, "tarflow_jobs_total", model="tiny-cond", op="sample", outcome="ok") == 3
     assert metric(api, "tarflow_jobs_total") == 4
+    # Of what has not happened yet the first time would be no increase otherwise.
+    for outcome in ("error", "oom", "timeout", "worker_lost"):
+        assert metric(api, "tarflow_jobs_total", outcome=outcome) == 0
+        told = by_label(api, "tarflow_jobs_total")
+        assert {"model": "tiny-uncond", "op": "encode", "outcome": outcome} in told
     assert metric(worker, "tarflow_queue_wait_seconds_count", model="tiny-cond", op="sample") == 3
     assert metric(worker, "tarflow_queue_wait_seconds_count", model="tiny-uncond", op="score") == 1
     for counter in ("tarflow_jobs_reclaimed_total", "tarflow_dead_letters_total"):

@@ -108,6 +108,17 @@ def test_whatever_ends_a_process_is_a_line_too() -> None:
     assert ended["exception"].endswith("RuntimeError: the end")
 
 
+def test_a_thread_that_fails_is_a_line_and_no_standard_error_is_no_fault() -> None:
+    program = "import threading; from service import logs; logs.configure('info', 'auto'); "
+    program += "thread = threading.Thread(target=lambda: 1 // 0); thread.start(); thread.join(); print('alive')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    [line] = [json.loads(line) for line in done.stderr.splitlines()]
+    assert line["level"] == "error"
+    assert line["exception"].endswith("ZeroDivisionError: integer division or modulo by zero")
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(closed, stdout=subprocess.PIPE, text=True, check=True).stdout == "alive\n"
+
+
 def test_the_logs_import_no_torch() -> None:
     code = "import sys, service.logs; print([m for m in sys.modules if m.partition('.')[0] in ('torch', 'fastapi')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -71,6 +71,7 @@ class Outcome:
         return replace(JobResult.from_wire(unpack(self.data)), queue_seconds=self.queue_seconds)
 
 
+OPERATIONS = frozenset(map(str, Op))
 OUTCOME_FIELDS = ("state", "error", "result", "created", "started")
 
 
@@ -133,6 +134,8 @@ def _endings(counters: Mapping[str, bytes]) -> dict[Ending, int]:
     for name, count in counters.items():
         if name.startswith("ended:"):
             _, op, how, model = name.split(":", 3)
+            if op not in OPERATIONS:  # a later version's, while it takes over
+                continue
             kind, _, code = how.partition("/")
             error = None if kind == JobState.COMPLETED else ServiceError.from_wire({"error": kind, "code": code})
             outcome = "ok" if error is None else error.outcome

@@ -48,13 +48,12 @@ local function drop_lease(job)
   call('HINCRBY', STATE, 'running:' .. job.op, -1)
 end
 
--- Counted by the name of the error and its code: what they come to is no business of Redis.
+-- Counted by the name of the error and its code: what they come to is no business of Redis. Texts that cjson cannot read
+-- are counted by the state: a job must end whatever its error says.
 local function count_end(job, state, error)
   local how = state
-  if error then
-    local wire = cjson.decode(error)
-    how = wire.error .. '/' .. wire.code
-  end
+  local known, wire = pcall(cjson.decode, error or '')
+  if known then how = tostring(wire.error) .. '/' .. tostring(wire.code) end
   call('HINCRBY', STATE, 'ended:' .. job.op .. ':' .. how .. ':' .. job.model, 1)
 end
 
