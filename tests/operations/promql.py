@@ -9,7 +9,24 @@ from dataclasses import dataclass
 from prometheus_client.parser import text_string_to_metric_families
 
 WORDS = frozenset(
-    "abs and by changes histogram_quantile increase max min offset or rate sum unless vector".split()  # noqa: SIM905
+    [
+        "abs",
+        "and",
+        "by",
+        "changes",
+        "count",
+        "histogram_quantile",
+        "increase",
+        "max",
+        "max_over_time",
+        "min",
+        "offset",
+        "or",
+        "rate",
+        "sum",
+        "unless",
+        "vector",
+    ]
 )
 """Functions, operators and keywords that our queries use; any other name is a metric's."""
 EVERYWHERE = frozenset({"instance", "job"})
