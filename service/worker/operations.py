@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from http import HTTPStatus
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -16,7 +17,15 @@ READY, ALIVE, NOT_READY = ({"status": status} for status in ("ready", "alive", "
 
 
 class _Quiet(WSGIRequestHandler):
-    """Nobody wants to read of every scrape."""
+    """Nobody wants to read of every scrape, nor of one that broke off or never came."""
+
+    timeout = 10.0
+    """Seconds without a word from who has connected: each connection has a thread."""
+
+    def handle(self) -> None:
+        """Answer one request, if it comes."""
+        with suppress(OSError):
+            super().handle()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name in the library
         """Say nothing."""

@@ -232,7 +232,66 @@ def test_a_model_without_classes_and_calibration_draws_and_scores(visitor: Visit
     expect(visitor["#verdict >> text=Which class?"]).to_have_count(0)
 
 
+def test_a_command_names_the_very_file(visitor: Visitor, tmp_path: Path) -> None:
+    """Whatever its name means to a shell or to curl."""
+    name = """it's "a", b;type=c \\.png"""
+    picture = (STATIC / "example-boot.png").read_bytes()
+    (tmp_path / name).write_bytes(picture)
+    visitor.upload(picture, name)
+    visitor.says("#judge-state", "Normal")
+    command = visitor["#verdict code"].text_content()
+    assert command is not None
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["images"][0]["is_anomaly"] is False
+    curl_of = "import(document.querySelector('link[href$=\"curl.js\"]').href).then(({curlOf}) => curlOf(%s, false))"
+    asked = {"path": "v1/score", "form": [["calibration", "@<it's;type=x"]]}
+    words = shlex.split(visitor.page.evaluate(curl_of % json.dumps(asked)))
+    assert words[-2:] == ["--form-string", "calibration=@<it's;type=x"]
+
+
+def test_a_copy_without_tls_keeps_the_focus(visitor: Visitor) -> None:
+    visitor.page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    visitor.draw(seed=4)
+    button = visitor["#draw-facts dd button >> nth=0"]
+    button.click()
+    expect(button).to_have_text("Copied")
+    expect(button).to_be_focused()
+    visitor.page.evaluate("document.execCommand = () => false")
+    expect(button).to_have_text("Copy")
+    button.click()
+    expect(button).to_contain_text("Could not copy")
+
+
 # What can go wrong
+
+
+def test_an_answer_of_others_does_not_end_the_watch(visitor: Visitor) -> None:
+    visitor.says("#health", "Ready")
+    visitor.page.route("**/readyz", lambda route: route.fulfill(body="<p>Sign in</p>", content_type="text/html"))
+    visitor.says("#health", "No answer")
+    visitor.page.unroute("**/readyz")
+    visitor.says("#health", "Ready")
+
+
+def test_a_likelihood_that_is_not_finite_is_said_so(visitor: Visitor) -> None:
+    def lose(route: Route) -> None:
+        answer = route.fetch()
+        body = answer.json()
+        body["images"][0] |= {"log_likelihood": None, "bits_per_dim": None}
+        route.fulfill(response=answer, json=body)
+
+    visitor.choose_model("tiny")
+    visitor.page.route("**/v1/score", lose)
+    visitor["[data-example='example-boot.png']"].click()
+    visitor.says("#judge-state", "Scored: the likelihood is not finite.")
+
+
+def test_what_can_be_no_key_is_not_taken_for_one(visitor: Visitor) -> None:
+    visitor["#key"].evaluate("node => node.hidden = false")
+    visitor["#key-value"].fill("ключ")
+    visitor["#key-value"].press("Enter")
+    assert visitor["#key-value"].evaluate("node => node.validity.patternMismatch")
+    assert visitor.page.evaluate("sessionStorage.length") == 0
 
 
 def test_a_file_that_is_no_image_is_refused_kindly(visitor: Visitor) -> None:

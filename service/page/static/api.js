@@ -63,7 +63,16 @@ export async function send(request, { signal, keyless = false } = {}) {
 }
 
 /** The JSON that answers a request. */
-export const ask = async (request, options) => (await send(request, options)).json();
+export async function ask(request, options) {
+  const answer = await send(request, options);
+  try {
+    return await answer.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    // It broke off on the way, or is that of a proxy.
+    throw new Failure({ status: 0, code: "unreadable", message: "What came back cannot be read." });
+  }
+}
 
 async function failureOf(answer) {
   const after = Number.parseFloat(answer.headers.get("Retry-After") ?? "");

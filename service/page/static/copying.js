@@ -13,10 +13,13 @@ async function copy(text) {
   }
   // Without TLS browsers have this only, except on the own host.
   const area = make("textarea", { value: text, class: "unseen" });
+  const focused = document.activeElement;
   document.body.append(area);
   area.select();
-  document.execCommand("copy");
+  const isCopied = document.execCommand("copy");
   area.remove();
+  focused?.focus();
+  if (!isCopied) throw new Error("refused");
 }
 
 /** A button that copies what `text()` gives, and says so. */

@@ -31,7 +31,10 @@ function requestOf(model, { blob, name }) {
 }
 
 function saidOf(result) {
-  if (result.is_anomaly === null) return `Scored: ${fixed(result.bits_per_dim, 3)} bits per dimension.`;
+  if (result.is_anomaly === null) {
+    const bits = result.bits_per_dim;
+    return `Scored: ${bits === null ? "the likelihood is not finite" : `${fixed(bits, 3)} bits per dimension`}.`;
+  }
   const verdict = result.is_anomaly ? "Unusual" : "Normal";
   return `${verdict}: p-value ${short(result.p_value, 2)}, at a level of ${percent(result.alpha)}.`;
 }

@@ -8,9 +8,10 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
+from service.worker import operations
 from service.worker.operations import answer_operations
 from service.worker.watchdog import Watchdog
-from tests.service.processes import metric, wait_until
+from tests.service.processes import PATIENCE, metric, wait_until
 
 
 def test_ready_is_who_has_begun_and_was_heard_lately() -> None:
@@ -52,3 +53,14 @@ def test_a_port_that_is_taken_is_refused() -> None:
         taken.listen()
         with pytest.raises(OSError, match="in use"):
             answer_operations(taken.getsockname()[1], CollectorRegistry(), lambda: True)
+
+
+def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(operations._Quiet, "timeout", 0.1)
+    port = answer_operations(0, CollectorRegistry(), lambda: True)
+    for said in (b"", b"GET /healthz HT"):
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as slow:
+            slow.sendall(said)
+            assert slow.recv(1) == b""
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+    assert capfd.readouterr().err == ""
