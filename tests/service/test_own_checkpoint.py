@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from model.bundle import read_bundle
 from model.images import load_image
 from tests.faults.cluster import free_port
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "own-checkpoint.md").read_text()
 
 
+@pytest.mark.long
 def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
     for entry in ("tests", "model", "service"):
         (tmp_path / entry).symlink_to(ROOT / entry)
