@@ -13,18 +13,12 @@ from model.bundle import BUNDLED
 from model.config import NoiseProtocol
 from service.local import import_checkpoint
 from tests.page.visitor import WIDE, Visitor, chromium
-from tests.service.conftest import REFERENCE, client, pytest_runtest_makereport, server
+from tests.service.conftest import REFERENCE, anyio_backend, client, pytest_runtest_makereport, server
 from tests.service.processes import ServerProcess
 
-__all__ = ["client", "pytest_runtest_makereport", "server"]
+__all__ = ["anyio_backend", "client", "pytest_runtest_makereport", "server"]
 
 Visit = Callable[..., Visitor]
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    """Tests of coroutines run on asyncio alone."""
-    return "asyncio"
 
 
 @pytest.fixture(scope="session")
