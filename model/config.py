@@ -18,6 +18,7 @@ GuidanceSchedule = Literal["constant", "linear", "cosine"]
 GuidanceTarget = Literal["both", "scale", "shift"]
 Solver = Literal["auto", "sequential", "jacobi"]
 Precision = Literal["float32", "bf16"]
+ScaleFunction = Literal["exp", "softplus"]
 
 RULES: tuple[str, ...] = get_args(GuidanceRule)
 SCHEDULES: tuple[str, ...] = get_args(GuidanceSchedule)
@@ -90,6 +91,14 @@ class FlowConfig(Record):
     """Size of one attention head."""
     expansion: int = 4
     """Hidden width of the MLP as a multiple of width."""
+    conditioned_blocks: tuple[int, ...] | None = None
+    """Blocks that see the class, numbered as in layers_per_block, where the last is next to the noise; None for all.
+    STARFlow (arXiv 2506.06276) conditions its deep block alone, and so only that one is guided."""
+    scale_function: ScaleFunction = "exp"
+    """How a block's network gives the scale e^α: its value is α (``exp``), or e^α = softplus(value + ln(e − 1))
+    (``softplus``, STARFlow), which grows only linearly. Both are 1 where the value is 0."""
+    soft_clip: float = 0.0
+    """Bound c on what a block's network gives for scale and shift, c·tanh(value / c) (STARFlow has 4); 0 for none."""
 
     def __post_init__(self) -> None:
         if isinstance(self.layers_per_block, list):
@@ -128,6 +137,41 @@ class FlowConfig(Record):
                 layers,
                 f"one number, or num_blocks = {self.num_blocks} of them",
             )
+        self._check_parametrization()
+
+    def _check_parametrization(self) -> None:
+        if isinstance(self.conditioned_blocks, list):
+            object.__setattr__(self, "conditioned_blocks", tuple(self.conditioned_blocks))
+        blocks = self.conditioned_blocks
+        check(
+            blocks is None
+            or (
+                isinstance(blocks, tuple)
+                and len(blocks) >= 1
+                and all(_is_int(n) and 0 <= n < self.num_blocks for n in blocks)
+                and list(blocks) == sorted(set(blocks))
+            ),
+            "conditioned_blocks",
+            blocks,
+            f"different numbers of blocks from 0 to {self.num_blocks - 1} in ascending order, or null for all",
+        )
+        functions = get_args(ScaleFunction)
+        check(self.scale_function in functions, "scale_function", self.scale_function, " or ".join(functions))
+        check(
+            self.scale_function == "exp" or not self.volume_preserving,
+            "scale_function",
+            self.scale_function,
+            "'exp' for a volume-preserving flow, which has no scale",
+        )
+        clip = self.soft_clip
+        check(_is_finite(clip) and 0 <= clip <= 100, "soft_clip", clip, "a number in [0, 100], where 0 is no bound")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The architecture as a JSON-ready dictionary."""
+        content = super().to_dict()
+        # Left out where nothing was chosen: configurations from before there was a choice keep their bytes, and bundles
+        # so their ids.
+        return {name: value for name, value in content.items() if name not in _LEFT_OUT or value != _LEFT_OUT[name]}
 
     @property
     def num_patches(self) -> int:
@@ -161,6 +205,13 @@ class FlowConfig(Record):
         """Transformer layers of each block, always one entry per block."""
         layers = self.layers_per_block
         return layers if isinstance(layers, tuple) else (layers,) * self.num_blocks
+
+    def is_conditioned(self, block: int) -> bool:
+        """Whether a block, numbered as in layers_per_block, sees the class."""
+        return self.num_classes > 0 and (self.conditioned_blocks is None or block in self.conditioned_blocks)
+
+
+_LEFT_OUT: dict[str, Any] = {"conditioned_blocks": None, "scale_function": "exp", "soft_clip": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)

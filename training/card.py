@@ -109,6 +109,7 @@ def _model(config: TrainConfig, facts: RunFacts) -> str:
         f"- Architecture: {architecture(flow)} (patch size, width, blocks, layers per block), "
         f"{facts.num_parameters:,} parameters" + (", volume preserving" if flow.volume_preserving else ""),
     ]
+    lines += _options(flow)
     if config.class_names:
         lines.append(f"- Classes: {', '.join(config.class_names)}")
     protocol = f"Gaussian, σ = {noise.std:g} on the [-1, 1] pixel scale" if noise.kind == "gaussian" else "uniform"
@@ -117,6 +118,19 @@ def _model(config: TrainConfig, facts: RunFacts) -> str:
         _recommendation(sampling),
     ]
     return "\n".join(lines)
+
+
+def _options(flow: FlowConfig) -> list[str]:
+    """What differs from TarFlow's blocks, as a line, if anything does."""
+    found = []
+    if flow.num_classes and flow.conditioned_blocks is not None:
+        seen = ", ".join(map(str, flow.conditioned_blocks))
+        found.append(f"the class enters block {seen} of 0 to {flow.num_blocks - 1} alone, the last next to the noise")
+    if flow.scale_function != "exp":
+        found.append(f"the scale is a {flow.scale_function}")
+    if flow.soft_clip:
+        found.append(f"scales and shifts are bound by {flow.soft_clip:g}")
+    return [f"- STARFlow's options (arXiv 2506.06276): {'; '.join(found)}"] if found else []
 
 
 def _recommendation(sampling: SamplingDefaults) -> str:

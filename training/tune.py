@@ -94,10 +94,12 @@ def tune(bundle: Bundle, data: Path, options: TuneOptions, device: torch.device,
             profile: ConvergenceProfile = stop.value
             break
     show("pass costs on this device")
-    guided = len(rows.guided(0)) > 0
+    guided = [len(rows.guided(number, block)) > 0 for number, block in enumerate(reversed(flow.blocks))]
     costs = measure_costs(Sampler(flow).kernel, 2 * max(BATCHES))
     plans = {
-        batch: choose("auto", options.tolerance, flow_config, profile, costs, batch, batch * (1 + guided))
+        batch: choose(
+            "auto", options.tolerance, flow_config, profile, costs, batch, [batch * (1 + twice) for twice in guided]
+        )
         for batch in BATCHES
     }
     return Tuning(profile=profile, costs=costs, plans=plans)

@@ -50,6 +50,13 @@ INVALID: list[tuple[type[Record], dict[str, Any], str, Any, str]] = [
     *((FlowConfig, FLOW, "volume_preserving", value, "true or false") for value in (0, 1, "false", None)),
     *((FlowConfig, FLOW, "layers_per_block", value, "integers >= 1") for value in (0, None, "4", 2.0, [1, 0, 1, 1])),
     *((FlowConfig, FLOW, "layers_per_block", value, "num_blocks = 4") for value in ([1, 2], [1] * 5, ())),
+    *(
+        (FlowConfig, FLOW, "conditioned_blocks", value, "from 0 to 3 in ascending order")
+        for value in ((), (4,), (-1,), (1, 0), (1, 1), ("1",), (True,), 3, "all")
+    ),
+    *((FlowConfig, FLOW, "scale_function", value, "exp or softplus") for value in ("sigmoid", None, 1, [])),
+    (FlowConfig, {**FLOW, "volume_preserving": True}, "scale_function", "softplus", "'exp' for a volume-preserving"),
+    *((FlowConfig, FLOW, "soft_clip", value, "[0, 100]") for value in (-1, 101, *NOT_NUMBERS)),
     *((NoiseProtocol, GAUSSIAN, "kind", value, "'gaussian' or 'uniform'") for value in ("Gaussian", None, 1, [])),
     *((NoiseProtocol, GAUSSIAN, "std", value, "(0, 2)") for value in (0, 2, -0.1, *NOT_NUMBERS)),
     *((NoiseProtocol, UNIFORM, "std", value, "0 when") for value in (0.1, *NOT_NUMBERS)),
