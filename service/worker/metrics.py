@@ -49,7 +49,7 @@ class WorkerMetrics:
         )
         self.bits = Histogram(
             "tarflow_bits_per_dim",
-            "Bits per dimension of scored images",
+            "Bits per dimension of scored images, or of their latents where the model has a codec",
             ("model",),
             registry=self.registry,
             buckets=BITS,

@@ -12,11 +12,14 @@ import torch
 from model.bundle import BUNDLED, BundleConfig
 from model.config import FlowConfig, NoiseProtocol, SamplingDefaults, SolverOptions
 from model.flow import Flow, affine_parameters
+from model.sampling.convergence import measure_convergence
+from model.sampling.costs import measure_costs
 from model.sampling.plan import CostProfile, Plan
 from model.sampling.rows import finish
 from model.sampling.sampler import Sampler
 from model.weights import load_flow, write_bundle
 from tests.model.conftest import TINY, tiny_flow
+from tests.model.sampling.captures import CountingCapture, graphed
 from tests.model.sampling.cases import (
     DEEP_SHALLOW,
     PLAIN,
@@ -144,6 +147,31 @@ class TestUnconditionedBlocks:
 
 class TestDepth:
     """Blocks of different depth: what is chosen, and how far the work is."""
+
+    def test_captured_steps_decode_what_the_kernels_do(self) -> None:
+        flow, capture = tough_flow(2.0, **DEEP_SHALLOW), CountingCapture()
+        case = case_of(flow, mixed_options(3))
+        sampler = graphed(flow, capture)
+        found = finish(sampler.decode(case.rows(), SolverOptions(solver="sequential")))
+        assert sampler.graphs is not None
+        assert sampler.graphs.reason is None
+        assert capture.repeated >= 3 * 15
+        assert distance(found.x_BTD, sequential(case)) < ROUNDING
+
+    def test_is_tuned_and_costed_as_any_other(self) -> None:
+        flow = tough_flow(1.0, dtype=torch.float32, **DEEP_SHALLOW)
+        guidance = SamplingDefaults(guidance_scale=1.0)
+        case = case_of(flow, [guidance] * 4, dtype=torch.float32)
+        images = sequential(case_of(flow, [PLAIN] * 4, dtype=torch.float32))
+        sampler = Sampler(flow)
+        steps = measure_convergence(sampler, case.rows(), images, case.label_tensor(), guidance, 1e-3)
+        profile = finish(steps)
+        profile.check_fits(flow.config)
+        assert sum(block.crm for block in profile.blocks) == pytest.approx(1)
+        costs = measure_costs(sampler.kernel, 4)
+        plan = Sampler(flow, profile, costs).plan(case.rows(), SolverOptions())
+        assert len(plan.blocks) == 3
+        assert distance(decode(case, plan).x_BTD, sequential(case)) < 0.1
 
     def test_a_shallow_block_uses_its_own_layers_of_the_memory_alone(self) -> None:
         flow = tough_flow(1.0, layers_per_block=(1, 1, 4))

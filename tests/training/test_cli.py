@@ -88,6 +88,7 @@ def test_the_commands_are_cheap_to_import_and_list() -> None:
         "deep-shallow-28",
         "fashion-mnist",
         "fashion-mnist-likelihood",
+        "latents-256",
         "parts-64",
         "photos-64",
         "toy-28",
