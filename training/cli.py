@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from model.bundle import open_bundle
+from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.commands import Device, clear_errors, progress_bar, show_progress
 from training.config import load_preset, preset_names
@@ -339,3 +340,4 @@ def tune(
 
 app.command()(calibrate)
 app.command()(anomaly)
+app.command()(ablate)
