@@ -154,7 +154,7 @@ def test_a_signal_ends_it_after_a_step_and_it_continues_exactly(
 
 def test_a_training_that_diverges_is_a_result(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ablate(data, out, "--budget", "200 steps", "--rows", "volume", "--learning-rate", "1e30")
+    ablate(data, out, "--budget", "200 steps", "--rows", BASE, "--learning-rate", "1e30")
     rows = document(out)["rows"]
     assert "diverged" in rows[BASE]
     assert "diverged at step" in (out / "ablation.md").read_text()
