@@ -21,6 +21,7 @@ from model.config import GuidanceRule, GuidanceSchedule, GuidanceTarget, Precisi
 from service import keys_cli
 from service.errors import ServiceError
 from service.settings import ApiSettings, ServeSettings, SharedSettings, WorkerSettings
+from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.cli import evaluate, sweep, train, tune
 from training.commands import clear_errors
@@ -37,6 +38,7 @@ app.command()(sweep)
 app.command()(tune)
 app.command()(calibrate)
 app.command()(anomaly)
+app.command()(ablate)
 app.add_typer(keys_cli.app, name="keys")
 
 SettingsT = TypeVar("SettingsT", bound=SharedSettings)

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from model.bundle import open_bundle
+from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.commands import Device, clear_errors, progress_bar, show_progress
 from training.config import load_preset, preset_names
@@ -41,7 +42,9 @@ def _list_presets(requested: bool) -> None:
     for name in preset_names():
         config = load_preset(name)
         flow, noise = config.flow, config.noise
-        size = f"{flow.image_size}x{flow.image_size} {'grey' if flow.channels == 1 else 'colour'}"
+        colours = {1: "grey", 3: "colour"} if noise.space == "pixels" else {}
+        kind = colours.get(flow.channels, f"latents of {flow.channels} channels")
+        size = f"{flow.image_size}x{flow.image_size} {kind}"
         classes = "classes from the data" if config.data.classes_from_data else f"{flow.num_classes} classes"
         level = f" {noise.std:g}" if noise.kind == "gaussian" else ""
         typer.echo(
@@ -56,6 +59,10 @@ def train(
     preset: Annotated[str, typer.Argument(help="Name of a preset (see --list) or path of a preset file.")],
     data: Annotated[Path, typer.Option(help="Directory with IDX files, or with a folder of images per class.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; one with a checkpoint is continued.")],
+    codec: Annotated[
+        Path | None,
+        typer.Option(help="For a preset of latents: the directory of an AutoencoderKL that diffusers has saved."),
+    ] = None,
     device: Device = "auto",
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; may change when continuing.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
@@ -87,17 +94,29 @@ def train(
         config = load_preset(preset).with_overrides(**overrides)
         from model.device import resolve_device
         from training.classes import resolve_classes
-        from training.data import load_images
+        from training.latents import encode_once, load_training_images, open_codec
         from training.run import Origin, Run
 
         torch_device = resolve_device(device)
-        images = load_images(data, "train", config.flow.image_size, config.flow.channels)
+        autoencoder = open_codec(config, codec)
+        images = load_training_images(data, config, autoencoder)
         config, images = resolve_classes(config, images)
+        if autoencoder is not None:
+            images = encode_once(images, autoencoder, out, torch_device)
         origin = Origin(
-            command=_command(preset, data, out, overrides),
+            command=_command(preset, data, out, codec, overrides),
             data_name=data.resolve().name,
         )
-        run = Run(config, images, out, torch_device, origin=origin, console=console, sample_every=sample_every)
+        run = Run(
+            config,
+            images,
+            out,
+            torch_device,
+            origin=origin,
+            console=console,
+            sample_every=sample_every,
+            codec=autoencoder,
+        )
         trainer = run.trainer
         start = f"continuing at step {trainer.step}" if trainer.step else "starting"
         typer.echo(
@@ -111,9 +130,10 @@ def train(
         typer.echo(f"stopped after step {trainer.step}, checkpoint written; the same command continues the run")
 
 
-def _command(preset: str, data: Path, out: Path, overrides: dict[str, Any]) -> str:
+def _command(preset: str, data: Path, out: Path, codec: Path | None, overrides: dict[str, Any]) -> str:
     """The command that repeats a run, with the last names of its paths."""
     words = ["tarflow", "train", Path(preset).name, "--data", data.resolve().name, "--out", out.resolve().name]
+    words += [] if codec is None else ["--codec", codec.resolve().name]
     for key, value in overrides.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     return shlex.join(words)
@@ -320,3 +340,4 @@ def tune(
 
 app.command()(calibrate)
 app.command()(anomaly)
+app.command()(ablate)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.config import FlowConfig
 from model.flow import NO_CLASS, Flow
 from model.likelihood import add_noise, bits_per_dim, prior_terms
 from training.checkpoint import TrainState, check_continues, data_fingerprint, load_checkpoint, save_checkpoint
@@ -55,8 +56,16 @@ class Trainer:
     configuration, :class:`TrainingDiverged` when the loss stays non-finite.
     """
 
-    def __init__(self, config: TrainConfig, images: Images, out: Path, device: torch.device) -> None:
-        self.config, self.out, self.device = config, out, device
+    def __init__(
+        self,
+        config: TrainConfig,
+        images: Images,
+        out: Path,
+        device: torch.device,
+        build: Callable[[FlowConfig], Flow] = Flow,
+    ) -> None:
+        """``build`` makes the flow of a configuration: a baseline is trained by the same loop."""
+        self.config, self.out, self.device, self._build = config, out, device, build
         if config.data.holdout >= len(images):
             raise ValueError(
                 f"holdout: got {config.data.holdout}, allowed is less than the {len(images)} images there are"
@@ -71,7 +80,7 @@ class Trainer:
         self.steps_per_epoch = len(self.images) // options.batch_size
         self.total_steps = max(1, round(options.epochs * self.steps_per_epoch))
         torch.manual_seed(config.seed)
-        self.flow = Flow(config.flow).to(device)
+        self.flow = build(config.flow).to(device)
         self.optimizer = torch.optim.AdamW(
             self.flow.parameters(),
             lr=options.learning_rate,
@@ -122,7 +131,7 @@ class Trainer:
 
     def averaged_flow(self) -> Flow:
         """A copy of the flow with the averaged weights: what is evaluated and served."""
-        flow = Flow(self.config.flow).to(self.device)
+        flow = self._build(self.config.flow).to(self.device)
         flow.load_state_dict(self.average.tensors)
         return flow.eval().requires_grad_(False)
 

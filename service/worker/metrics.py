@@ -67,7 +67,7 @@ class WorkerMetrics(Collector):
         )
         self.bits = Histogram(
             "tarflow_bits_per_dim",
-            "Bits per dimension of scored images",
+            "Bits per dimension of scored images, or of their latents where the model has a codec",
             ("model",),
             registry=self.registry,
             buckets=BITS,

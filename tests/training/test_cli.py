@@ -85,8 +85,10 @@ def test_the_commands_are_cheap_to_import_and_list() -> None:
     )
     *presets, has_torch = result.stdout.splitlines()
     assert [line.split(":")[0] for line in presets] == [
+        "deep-shallow-28",
         "fashion-mnist",
         "fashion-mnist-likelihood",
+        "latents-256",
         "parts-64",
         "photos-64",
         "toy-28",

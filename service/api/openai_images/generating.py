@@ -61,7 +61,7 @@ def _refuse(field: str, got: object, allowed: str) -> InvalidRequest:
 
 def native_size(model: ModelInfo) -> str:
     """The one size that a model draws."""
-    return f"{model.flow.image_size}x{model.flow.image_size}"
+    return f"{model.image_size}x{model.image_size}"
 
 
 def check_wishes(body: GenerationRequest, model: ModelInfo) -> None:
