@@ -21,7 +21,7 @@ from model.bundle import find_bundles
 from service import logs
 from service.access.binding import check_binding
 from service.access.rates import Rates
-from service.allocator import give_back_large_blocks
+from service.allocator import give_back_memory
 from service.app import OPERATIONS, create_app, guard
 from service.broker.memory import MemoryBroker
 from service.broker.socket import BrokerServer
@@ -106,7 +106,7 @@ class _Beside(_Bounded):
 
 def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], bool] = lambda: False) -> None:
     """Answer until SIGINT or SIGTERM, or until there is no hope."""
-    give_back_large_blocks()
+    give_back_memory()
     # When a counter was first counted is nobody's question, and would be a series for each.
     disable_created_metrics()
     config = uvicorn.Config(
