@@ -78,10 +78,7 @@ def _write(
         seed=evaluation.options.seed,
     )
     quality = measure_quality(bundle, flow, data, quality_options)
-    parameters = sum(p.numel() for p in flow.parameters())
-    baseline = (
-        _baseline(evaluation, parameters, data, out / BASELINE, options, device, say) if options.baseline else None
-    )
+    baseline = _baseline(evaluation, data, out / BASELINE, options, device, say) if options.baseline else None
     document = write_report(out, evaluation, quality, baseline)
     (out / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
     say(f"{bundle.name}: report.md, report.json and pictures are in {out}")
@@ -89,7 +86,6 @@ def _write(
 
 def _baseline(
     evaluation: Evaluation,
-    parameters: int,
     data: Path,
     run: Path,
     options: ReportOptions,
@@ -106,9 +102,7 @@ def _baseline(
             say(f"baseline: step {report.step} of {report.total_steps}, {report.bits_per_dim:.3f} bits/dim")
 
     bundle, how = evaluation.bundle, evaluation.options
-    flow, trainer = train_baseline(
-        bundle, parameters, data, run, device, images=options.baseline_images, observe=observe
-    )
+    flow, trainer = train_baseline(bundle, data, run, device, images=options.baseline_images, observe=observe)
     config = bundle.config
     images = load_images(data, how.split, config.flow.image_size, config.flow.channels).part(None, how.limit)
     if evaluation.conditional:

@@ -78,7 +78,9 @@ def _baseline(evaluation: Evaluation, baseline: Baseline | None) -> str:
     low, high = difference.interval
     return (
         f"- Baseline of equal budget ({baseline.name}; {baseline.num_parameters:,} parameters, "
-        f"{baseline.images_seen:,} images, {baseline.seconds:.0f} s): {theirs.mean:.4f} ± {theirs.standard_error:.4f} "
+        f"{baseline.flops_per_image / 1e6:,.0f} Mflop an image where the model has "
+        f"{evaluation.bundle.config.flow.flops_per_image / 1e6:,.0f}, {baseline.images_seen:,} images, "
+        f"{baseline.seconds:.0f} s): {theirs.mean:.4f} ± {theirs.standard_error:.4f} "
         f"bits/dim, by {difference.mean:+.4f} (95% interval {low:+.4f} to {high:+.4f}) more than the model on the same "
         "images under the same noise"
     )
@@ -174,6 +176,8 @@ def _baseline_json(evaluation: Evaluation, baseline: Baseline) -> dict[str, Any]
     return {
         "name": baseline.name,
         "parameters": baseline.num_parameters,
+        "flops_per_image": baseline.flops_per_image,
+        "model_flops_per_image": evaluation.bundle.config.flow.flops_per_image,
         "images_seen": baseline.images_seen,
         "seconds": baseline.seconds,
         "bits_per_dim": float(np.mean(baseline.bits[np.isfinite(baseline.bits)])),

@@ -17,6 +17,7 @@ from rich.console import Console
 from model.bundle import Bundle, read_bundle
 from model.weights import load_flow
 from tests.training.conftest import run_command
+from training.baselines.coupling import CouplingFlow
 from training.baselines.equal import baseline_config, train_baseline
 from training.classes import resolve_classes
 from training.config import TrainConfig
@@ -78,6 +79,8 @@ def test_the_report_says_everything_with_its_comparison(bundle: Bundle, data: Pa
     # As many steps as the bundle: 3 epochs of 20.
     baseline = found["baseline"]
     assert baseline["images_seen"] == bundle.config.training["steps"] * 8 == 480
+    least = CouplingFlow(bundle.config.flow, 8).flops_per_image
+    assert baseline["flops_per_image"] <= max(least, baseline["model_flops_per_image"])
     difference = baseline["bits_per_dim"] - found["likelihood"]["bits_per_dim"]["mean"]
     assert baseline["minus_model"]["mean"] == pytest.approx(difference, abs=1e-6)
     text = (out / "report.md").read_text()
@@ -140,12 +143,12 @@ def test_the_baseline_is_trained_as_the_bundle_was(
     assert config.optimization.batch_size == record["optimization"]["batch_size"]
     assert config.optimization.learning_rate == record["optimization"]["learning_rate"]
     assert (config.noise, config.data.holdout, config.seed) == (bundle.config.noise, 140, record["seed"])
-    _, trainer = train_baseline(bundle, 5000, data, tmp_path / "baseline", CPU, images=80)
+    _, trainer = train_baseline(bundle, data, tmp_path / "baseline", CPU, images=80)
     assert trainer.step == trainer.total_steps == 10
     assert trainer.data_sha256 == record["data"]["sha256"]
     write_idx(data, make_images(300, seed=9))
     with pytest.raises(ValueError, match="no baseline of equal budget: the training images here are not"):
-        train_baseline(bundle, 5000, data, tmp_path / "other", CPU)
+        train_baseline(bundle, data, tmp_path / "other", CPU)
 
 
 def test_a_bundle_that_does_not_say_how_it_was_trained_has_no_baseline(make_bundle: Callable[..., Bundle]) -> None:

@@ -1,7 +1,7 @@
 """The baseline of a bundle: a coupling flow trained on the same images, as many of them, under the same noise.
 
 Batch, schedule, clipping and averaging of the weights are the bundle's too, since the same loop trains both; the
-baseline's width is chosen so that it has about as many weights.
+baseline's width is the largest with which a pass over an image takes no more operations than the bundle's.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Baseline:
 
     name: str
     num_parameters: int
+    flops_per_image: int
+    """Operations of one pass over an image."""
     images_seen: int
     """Images trained on, repeats included."""
     seconds: float
@@ -78,7 +80,6 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
 
 def train_baseline(
     bundle: Bundle,
-    num_parameters: int,
     data: Path,
     out: Path,
     device: torch.device,
@@ -86,7 +87,7 @@ def train_baseline(
     images: int | None = None,
     observe: Callable[[StepReport], None] = lambda report: None,
 ) -> tuple[CouplingFlow, Trainer]:
-    """Train the baseline of a bundle with so many weights, or continue its run in ``out``.
+    """Train the baseline of a bundle, or continue its run in ``out``.
 
     Raises ``ValueError`` for a bundle or data that it cannot be trained on, :class:`Stopped` when a signal asked so.
     """
@@ -100,7 +101,7 @@ def train_baseline(
         raise DataError(f"no baseline of equal budget: {error}") from error
     first = torch.from_numpy(train.pixels[:FIRST_IMAGES])
     x_BTD = patchify(add_noise(first, config.noise, centre_draw(config.noise.kind)), config.flow.patch_size)
-    build = coupling_builder(matched_width(config.flow, num_parameters), x_BTD)
+    build = coupling_builder(matched_width(config.flow, config.flow.flops_per_image), x_BTD)
     trainer = Trainer(config, train, out, device, build)
     if trainer.step < trainer.total_steps:
         with RunLog(out, trainer.step) as log, stop_on_signals(trainer):
@@ -125,6 +126,7 @@ def score_baseline(
     return Baseline(
         name=f"coupling flow, {len(flow.levels)} scales, width {flow.width}",
         num_parameters=sum(p.numel() for p in flow.parameters()),
+        flops_per_image=flow.flops_per_image,
         images_seen=trainer.images_seen,
         seconds=trainer.seconds,
         bits=score_images(flow, images, noise, conditional=conditional, draws=draws, seed=seed, batch_size=batch_size),
