@@ -70,14 +70,18 @@ def _write(
 ) -> None:
     bundle = evaluation.bundle
     flow = load_flow(bundle, device)
-    say(f"{bundle.name}: {options.num_samples:,} samples")
     quality_options = QualityOptions(
         num_samples=options.num_samples,
         extractor=options.extractor,
         statistics=options.statistics,
         seed=evaluation.options.seed,
     )
-    quality = measure_quality(bundle, flow, data, quality_options)
+
+    def tell(text: str, count: int) -> None:
+        if text == "samples":
+            say(f"{bundle.name}: {count:,} samples are drawn; now they are measured")
+
+    quality = measure_quality(bundle, flow, data, quality_options, tell)
     baseline = _baseline(evaluation, data, out / BASELINE, options, device, say) if options.baseline else None
     document = write_report(out, evaluation, quality, baseline)
     (out / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")

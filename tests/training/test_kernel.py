@@ -61,6 +61,7 @@ def test_it_is_unbiased_and_its_error_is_that_of_repeated_draws() -> None:
     assert min(figure.value for figure in shifted) > values.max()
 
 
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save")
 def test_torchmetrics_agrees() -> None:
     x, y = draw(60, 0, 0.3).double(), draw(60, 1).double()
     kernel = KernelInceptionDistance(feature=Unchanged(), subsets=1, subset_size=60).set_dtype(torch.float64)
