@@ -164,6 +164,28 @@ def evaluate(
     write_card: Annotated[
         bool, typer.Option("--write-card", help="Store the figures in the bundles' CARD.md.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also measure samples (1,000 unless --samples says otherwise) and write report.md, "
+            "report.json and pictures into this directory; of several bundles, into one of its own for each."
+        ),
+    ] = None,
+    extractor: Annotated[
+        str, typer.Option(help="Features of the report's distances: efficientnet-lite0, or a TorchScript file.")
+    ] = "efficientnet-lite0",
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="With --report: an .npz file with mu and sigma of real images' features, for FID."),
+    ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="With --report: train a coupling flow on equal terms and compare bits/dim."),
+    ] = False,
+    baseline_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images that the baseline is trained on; as many as the bundle was."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print bits/dim on a test split with its protocol, the train-test gap and, for several bundles,
@@ -192,6 +214,22 @@ def evaluate(
             for bundle in [open_bundle(text) for text in bundles]:
                 show = partial(show_progress, progress, progress.add_task(bundle.name, total=None))
                 evaluations.append(evaluate_bundle(bundle, data, options, torch_device, show))
+        if report is not None:
+            from training.baselines.equal import Stopped
+            from training.full_report import ReportOptions, write_reports
+
+            wanted = ReportOptions(
+                num_samples=samples or ReportOptions.num_samples,
+                extractor=extractor,
+                statistics=reference,
+                baseline=baseline or baseline_images is not None,
+                baseline_images=baseline_images,
+            )
+            try:
+                write_reports(evaluations, data, report, wanted, torch_device, partial(typer.echo, err=True))
+            except Stopped:
+                typer.echo("stopped, checkpoint written; the same command continues the baseline", err=True)
+                raise typer.Exit(1) from None
         if write_card:
             for evaluation in evaluations:
                 card = with_evaluation(evaluation.bundle.card, markdown(evaluation))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,11 @@ from model.flow import Flow
 from training.ablations.measure import draw_samples
 from training.ablations.plan import BASE, Claim, Scale, make_plan, parse_budget
 from training.ablations.report import loss_outcome, outcome, spearman, study_outcome
-from training.ablations.run import Measured, snapshot_steps
+from training.ablations.run import Ablation, AblationOptions, Measured, Stopped, run_ablation, snapshot_steps
 from training.baselines.channel_coupling import ChannelCouplingFlow
 from training.cli import app
 from training.config import TrainConfig
-from training.data import Images
+from training.data import Images, load_images
 from training.features import EXTRACTORS, Extractor
 
 TOY = ["--width", "16", "--head-dim", "8", "--depth", "2", "--batch-size", "8", "--image-size", "8",
@@ -124,25 +121,33 @@ def test_what_is_finished_is_not_done_again_and_other_scales_are_refused(data: P
     assert "another images (320 there, 328 here)" in error.replace("\n", " ")
 
 
-def test_the_command_ends_on_a_signal_and_continues_exactly(data: Path, tmp_path: Path) -> None:
-    budget = ["--budget", "200 steps"]
-    ablate(data, tmp_path / "whole", *budget, "--rows", "volume-preserving")
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "training", "ablate", "--data", str(data), "--out", str(out), *TOY, *budget]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--rows", "volume-preserving"], stdout=subprocess.PIPE, env=environment)
-    log = out / "volume-preserving" / "log.jsonl"
-    while not (log.is_file() and log.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
-    # Where it was done training before the signal came, the signal ended it as it measured.
-    assert process.returncode in (0, -signal.SIGTERM)
-    if b"stopped" in output:
-        assert not (out / "volume-preserving" / "training.json").exists()
-    assert "volume-preserving: distance" in ablate(data, out, *budget, "--rows", "volume-preserving")
-    rows = [document(path)["rows"]["volume-preserving"] for path in (tmp_path / "whole", out)]
+def test_a_signal_ends_it_after_a_step_and_it_continues_exactly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It speaks after every step, which is how the signal is sent in the middle.
+    monkeypatch.setattr("training.ablations.run.SECONDS_PER_LINE", -1.0)
+    train, test = (load_images(data, split, 8, 1) for split in ("train", "test"))
+    options = AblationOptions(
+        scale=Scale(width=16, head_dim=8, depth=2, batch_size=8, images=320),
+        rows=("volume-preserving",),
+        num_samples=40,
+        components=8,
+    )
+
+    def run(out: Path, stop_at: str = "") -> Ablation:
+        def say(text: str) -> None:
+            if stop_at and stop_at in text:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return run_ablation("squares", train, test, out, options, torch.device("cpu"), say)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", "step 17 of 40,")
+    logged = (tmp_path / "out" / "volume-preserving" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == [10]
+    assert not (tmp_path / "out" / "volume-preserving" / "training.json").exists()
+    rows = [found.rows["volume-preserving"].content for found in (whole, run(tmp_path / "out"))]
     for name in ("bits_per_dim", "distance", "samples_not_finite"):
         assert rows[0][name] == rows[1][name]
 
@@ -199,7 +204,7 @@ def measured(value: float | None, bits: float = 1.0) -> Measured:
 @pytest.mark.parametrize(
     ("better", "worse", "expected"),
     [(10, 30, "agrees"), (30, 10, "disagrees"), (10, None, "agrees"), (None, 10, "disagrees"),
-     (None, None, "within noise")],
+     (None, None, "not measured")],
 )  # fmt: skip
 def test_outcomes_follow_the_difference(better: float | None, worse: float | None, expected: str) -> None:
     rows = {"a": measured(better), "b": measured(worse)}
