@@ -17,14 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.features import Extractor, ExtractorError, load_extractor
+from training.features import EXTRACTORS, Extractor, ExtractorError, load_extractor
 from training.frechet import Moments
 
 
 def open_extractor(name_or_path: str, device: torch.device | str = "cpu") -> Extractor:
     """An extractor by name, or a TorchScript file; raises :class:`~training.features.ExtractorError`."""
     path = Path(name_or_path)
-    return _script(path, device) if path.is_file() else load_extractor(name_or_path, device)
+    if path.is_file():
+        return _script(path, device)
+    if name_or_path not in EXTRACTORS:
+        allowed = f"{', '.join(EXTRACTORS)} or a TorchScript file"
+        raise ExtractorError(f"extractor: got {name_or_path!r}, allowed is {allowed}")
+    return load_extractor(name_or_path, device)
 
 
 def _script(path: Path, device: torch.device | str) -> Extractor:
@@ -76,3 +81,10 @@ def read_statistics(path: Path) -> Moments:
         )
     # The file does not say of how many images; a scatter of two has the covariance as it is.
     return Moments(2, mean, covariance)
+
+
+def write_statistics(path: Path, moments: Moments) -> None:
+    """Write moments as :func:`read_statistics` reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, mu=moments.mean_F.numpy(), sigma=moments.covariance.numpy())

@@ -99,23 +99,28 @@ def nearest_images(
     """The nearest of the others by their pixels; raises ``ValueError`` when there are none, or of another size."""
     if not len(others_MCHW) or images_NCHW.shape[1:] != others_MCHW.shape[1:]:
         raise ValueError(f"others: got shape {others_MCHW.shape}, allowed is images of shape {images_NCHW.shape[1:]}")
-    x_NF = torch.from_numpy(images_NCHW.reshape(len(images_NCHW), -1))
-    y_MF = torch.from_numpy(others_MCHW.reshape(len(others_MCHW), -1))
+    x_NF, y_MF = images_NCHW.reshape(len(images_NCHW), -1), others_MCHW.reshape(len(others_MCHW), -1)
     indices, distances = [], []
-    for rows in x_NF.split(ROWS_PER_PRODUCT):
-        a_RF = rows.to(device).float() - 127.5
+    for first in range(0, len(x_NF), ROWS_PER_PRODUCT):
+        rows = x_NF[first : first + ROWS_PER_PRODUCT]
+        a_RF = _centred(rows, device)
         best_R = torch.full((len(rows),), torch.inf, device=device)
         index_R = torch.zeros(len(rows), dtype=torch.long, device=device)
         for start in range(0, len(y_MF), 8 * ROWS_PER_PRODUCT):
-            b_KF = y_MF[start : start + 8 * ROWS_PER_PRODUCT].to(device).float() - 127.5
+            b_KF = _centred(y_MF[start : start + 8 * ROWS_PER_PRODUCT], device)
             squared_RK = b_KF.square().sum(dim=1) - 2 * a_RF @ b_KF.T
             value_R, at_R = squared_RK.min(dim=1)
             closer_R = value_R < best_R
             best_R, index_R = torch.where(closer_R, value_R, best_R), torch.where(closer_R, start + at_R, index_R)
-        found = index_R.cpu()
+        found = index_R.cpu().numpy()
         # Anew from the pixels: the expanded square has lost the digits of small distances.
-        difference_RF = rows.double() - y_MF[found].double()
-        indices.append(found.numpy())
-        distances.append(difference_RF.square().mean(dim=1).sqrt().numpy())
+        difference_RF = rows.astype(np.float64) - y_MF[found]
+        indices.append(found)
+        distances.append(np.sqrt(np.square(difference_RF).mean(axis=1)))
         advance(len(rows))
     return Nearest(np.concatenate(indices), np.concatenate(distances))
+
+
+def _centred(pixels_NF: NDArray[np.uint8], device: torch.device | str) -> Tensor:
+    """Values around zero, of which less is rounded away; a copy, since a file's own bytes cannot be written to."""
+    return torch.from_numpy(pixels_NF.copy()).to(device).float() - 127.5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,89 +13,147 @@ from numpy.typing import NDArray
 
 from model.images import encode_image, grid
 from training.baselines.equal import Baseline
-from training.evaluate import Estimate, Evaluation, estimate
+from training.evaluate import Estimate, Evaluation, estimate, finite
 from training.frechet import Figure
 from training.quality import Copying, Distances, Quality
-from training.report import markdown as evaluation_markdown
+from training.report import lines as evaluation_lines
 from training.report import to_json as evaluation_json
 from training.sweep_report import describe
 
 SAMPLES, NEAREST = "samples.png", "nearest.png"
 COLUMNS = 16
+SMALLEST = 56
+"""Side that smaller images are enlarged to, by a whole factor, so that something can be seen."""
 
 
-def write_report(out: Path, evaluation: Evaluation, quality: Quality, baseline: Baseline | None) -> dict[str, Any]:
-    """Write ``report.md``, ``samples.png`` and ``nearest.png`` into ``out``, and return the JSON document."""
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that was measured of one bundle."""
+
+    evaluation: Evaluation
+    quality: Quality
+    baseline: Baseline | None
+    """None where none was asked for."""
+    statistics_name: str = ""
+    """Name of the file of statistics that :attr:`Quality.published` is a distance from."""
+
+    @property
+    def baseline_difference(self) -> Estimate | None:
+        """Baseline minus bundle in bits/dim, image by image with the same noise: positive where the bundle is
+        better."""
+        if self.baseline is None:
+            return None
+        ours, theirs = self.evaluation.bits, self.baseline.bits
+        both = np.isfinite(ours) & np.isfinite(theirs)
+        return estimate(theirs[both] - ours[both])
+
+
+def write_report(out: Path, report: Report) -> None:
+    """Write ``report.md``, ``report.json``, ``samples.png`` and ``nearest.png`` into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
+    quality = report.quality
     if len(quality.shown):
-        (out / SAMPLES).write_bytes(encode_image(grid(list(quality.shown), COLUMNS), "png"))
+        (out / SAMPLES).write_bytes(encode_image(_picture(quality.shown, COLUMNS), "png"))
     if quality.copying is not None:
-        (out / NEAREST).write_bytes(encode_image(_pairs(quality.copying.pairs), "png"))
-    (out / "report.md").write_text(markdown(evaluation, quality, baseline))
-    return to_json(evaluation, quality, baseline)
+        samples, nearest = quality.copying.pairs
+        (out / NEAREST).write_bytes(encode_image(_picture(np.concatenate([samples, nearest]), len(samples)), "png"))
+    (out / "report.md").write_text(markdown(report))
+    (out / "report.json").write_text(json.dumps(to_json(report), indent=2, allow_nan=False) + "\n")
 
 
-def _pairs(pairs_KNCHW: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Samples above, and the training image nearest to each below it."""
-    samples, nearest = pairs_KNCHW
-    return grid([*samples, *nearest], len(samples))
+def _picture(pixels_NCHW: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    factor = max(1, -(-SMALLEST // pixels_NCHW.shape[2]))
+    return grid(list(pixels_NCHW.repeat(factor, axis=2).repeat(factor, axis=3)), columns, gap=2)
 
 
-def baseline_difference(evaluation: Evaluation, baseline: Baseline) -> Estimate:
-    """Baseline minus bundle in bits/dim, image by image with the same noise: positive where the bundle is better."""
-    both = np.isfinite(evaluation.bits) & np.isfinite(baseline.bits)
-    return estimate(baseline.bits[both] - evaluation.bits[both])
-
-
-def markdown(evaluation: Evaluation, quality: Quality, baseline: Baseline | None) -> str:
+def markdown(report: Report) -> str:
     """The whole report."""
-    bundle, options = quality.bundle, quality.options
+    evaluation, quality = report.evaluation, report.quality
     parts = [
-        f"# {bundle.name}",
-        f"`{bundle.model_id}`",
+        f"# {quality.bundle.name}",
+        f"`{quality.bundle.model_id}`",
         "## Likelihood",
-        evaluation_markdown(evaluation),
-        _baseline(evaluation, baseline),
+        _bullets([*evaluation_lines(evaluation), *_baseline_lines(report)]),
         "## Samples",
-        f"{options.num_samples:,} samples with seeds from {options.seed} and classes in the reference's shares, "
-        f"{describe(quality.sampling)}, denoising {'on' if quality.sampling.denoise else 'off'}: "
-        f"{quality.seconds / options.num_samples:.3f} s each, {quality.not_finite:,} not finite.",
+        f"{_drawn(quality)[0].upper()}{_drawn(quality)[1:]}.",
         f"![Samples]({SAMPLES})" if len(quality.shown) else "",
         _distances(quality),
-        _published(quality),
+        *[f"{line[0].upper()}{line[1:]}." for line in _published_lines(report)],
         "## Copies?",
         _copies(quality.copying),
+        f"![The samples nearest to any training image, and below each that image]({NEAREST})"
+        if quality.copying is not None
+        else "",
         "## Reconstruction",
-        f"{len(quality.reconstruction):,} test images encoded to latents and decoded again in float32: root mean "
-        f"square error {np.median(quality.reconstruction):.2g} of 255 (median), "
-        f"{quality.reconstruction.max():.2g} at most.",
+        f"{_reconstruction(quality)}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _baseline(evaluation: Evaluation, baseline: Baseline | None) -> str:
-    if baseline is None:
-        return ""
-    theirs, difference = estimate(baseline.bits[np.isfinite(baseline.bits)]), baseline_difference(evaluation, baseline)
+def card_section(report: Report) -> str:
+    """The report without its pictures, as a list for the card."""
+    quality = report.quality
+    text = [*evaluation_lines(report.evaluation), *_baseline_lines(report), _drawn(quality)]
+    if quality.samples is not None:
+        for name, found in (("samples", quality.samples), (f"real images ({quality.real_from})", quality.real)):
+            text.append(
+                f"{found.num_images:,} {name} against {quality.reference.count:,} test images on {quality.features}: "
+                f"Fréchet distance {_figure(found.corrected)} ({quality.components} components, without its 1/n term; "
+                f"not comparable with FID), kernel distance × 1000 {_figure(found.kernel, 1000)}, "
+                f"precision {found.neighbours.precision:.3f}, recall {found.neighbours.recall:.3f}"
+            )
+    text += _published_lines(report)
+    if quality.copying is not None:
+        text.append(f"copies: {_nearer(quality.copying)}")
+    return _bullets([*text, _reconstruction(quality)])
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line[0].upper()}{line[1:]}" for line in lines)
+
+
+def _baseline_lines(report: Report) -> list[str]:
+    baseline, difference = report.baseline, report.baseline_difference
+    if baseline is None or difference is None:
+        return []
+    flow, theirs = report.evaluation.bundle.config.flow, estimate(finite(baseline.bits))
     low, high = difference.interval
+    equal = "of equal budget" if baseline.images_seen == baseline.model_images else "of a smaller budget"
+    if baseline.images_seen > baseline.model_images:
+        equal = "of a larger budget"
+    earlier = " since it was begun from another" if "from" in report.evaluation.bundle.config.training else ""
+    verdict = f"{abs(difference.mean):.4f} {'more' if difference.mean > 0 else 'less'}"
+    return [
+        f"baseline {equal}: {theirs.mean:.4f} ± {theirs.standard_error:.4f} bits/dim, {verdict} than the model on the "
+        f"same images under the same noise (95% interval of the difference {low:+.4f} to {high:+.4f}); "
+        f"{baseline.name}, trained on {baseline.images_seen:,} images where the model saw {baseline.model_images:,}{earlier}, "
+        f"{_mflop(baseline.flops_per_image)} an image where the model takes {_mflop(flow.flops_per_image)}, "
+        f"{baseline.num_parameters:,} parameters, {baseline.seconds:.0f} s"
+    ]
+
+
+def _mflop(flops: int) -> str:
+    return f"{flops / 1e6:,.3g} Mflop" if flops < 1e9 else f"{flops / 1e9:,.4g} Gflop"
+
+
+def _drawn(quality: Quality) -> str:
+    options = quality.options
     return (
-        f"- Baseline of equal budget ({baseline.name}; {baseline.num_parameters:,} parameters, "
-        f"{baseline.flops_per_image / 1e6:,.0f} Mflop an image where the model has "
-        f"{evaluation.bundle.config.flow.flops_per_image / 1e6:,.0f}, {baseline.images_seen:,} images, "
-        f"{baseline.seconds:.0f} s): {theirs.mean:.4f} ± {theirs.standard_error:.4f} "
-        f"bits/dim, by {difference.mean:+.4f} (95% interval {low:+.4f} to {high:+.4f}) more than the model on the same "
-        "images under the same noise"
+        f"{options.num_samples:,} samples with seeds from {options.seed} and classes in the reference's shares, "
+        f"{describe(quality.sampling)}, denoising {'on' if quality.sampling.denoise else 'off'}: "
+        f"{quality.seconds / options.num_samples:.3g} s each on {quality.hardware}, decoded patch by patch in batches; "
+        f"{quality.not_finite:,} not finite"
     )
 
 
 def _distances(quality: Quality) -> str:
     lines = [
-        f"On the features of {quality.features}, against {quality.num_reference:,} test images. Figures on other "
+        f"On the features of {quality.features}, against {quality.reference.count:,} test images. Figures on other "
         "features than Inception's are not comparable with published FID and KID. Real images are what a perfect "
         f"model would get; they are of {quality.real_from}.",
         "",
-        "| | images | Fréchet, all features | Fréchet, "
-        f"{quality.options.components} components, without its 1/n term | kernel × 1000 | precision | recall |",
+        f"| | images | Fréchet, all features | Fréchet, {quality.components} components, without its 1/n term "
+        "| kernel × 1000 | precision | recall |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, found in (("samples", quality.samples), ("real images", quality.real)):
@@ -111,14 +171,15 @@ def _figure(figure: Figure, factor: float = 1) -> str:
     return f"{factor * figure.value:.2f} ± {factor * figure.standard_error:.2f}"
 
 
-def _published(quality: Quality) -> str:
-    if quality.published is None or quality.options.statistics is None:
-        return ""
+def _published_lines(report: Report) -> list[str]:
+    quality = report.quality
+    if quality.published is None:
+        return []
     count = quality.options.num_samples - quality.not_finite
-    return (
-        f"Fréchet distance from the statistics in `{quality.options.statistics.name}` on all features of "
-        f"{quality.features}: **{quality.published:.3f}** ({count:,} samples)."
-    )
+    return [
+        f"Fréchet distance of {count:,} samples from the statistics in `{report.statistics_name}`, on all features of "
+        f"{quality.features}: **{quality.published:.3f}**"
+    ]
 
 
 def _copies(copying: Copying | None) -> str:
@@ -126,37 +187,58 @@ def _copies(copying: Copying | None) -> str:
         return "No sample is finite."
     ours, theirs = copying.samples.distance, copying.held_out.distance
     return (
-        f"Root mean square distance in 8-bit steps to the nearest of {copying.num_training:,} training images: samples "
-        f"{np.median(ours):.2f} (median, least {ours.min():.2f}), test images {np.median(theirs):.2f} (least "
-        f"{theirs.min():.2f}). {copying.share_nearer:.1%} of the samples are nearer than the nearest 1% of the test "
-        f"images: about 1% is what a model gets that does not copy.\n\n"
-        f"![The samples nearest to any training image, and below each that image]({NEAREST})"
+        f"Root mean square distance in 8-bit steps to the nearest of {copying.num_training:,} training images: "
+        f"{len(ours):,} samples {np.median(ours):.2f} (median, least {ours.min():.2f}), {len(theirs):,} test images "
+        f"{np.median(theirs):.2f} (least {theirs.min():.2f}). {_nearer(copying)}. A model that does not copy has about "
+        "1% of these, or more where its samples are simpler than real images are: look at the pairs."
     )
 
 
-def to_json(evaluation: Evaluation, quality: Quality, baseline: Baseline | None) -> dict[str, Any]:
+def _nearer(copying: Copying) -> str:
+    return (
+        f"{copying.share_nearer:.1%} of the samples are nearer to a training image than the nearest 1% of the test "
+        "images are"
+    )
+
+
+def _reconstruction(quality: Quality) -> str:
+    errors, of_pixels = quality.reconstruction, quality.autoencoding is None
+    text = (
+        f"{len(errors):,} test images under noise encoded by the flow and decoded again in float32: root mean square "
+        f"error {np.median(errors):.2g} (median), {errors.max():.2g} at most, "
+        f"{'in steps of 255' if of_pixels else 'in the unit of the latents'}"
+    )
+    if quality.autoencoding is None:
+        return text
+    return f"{text}; through the autoencoder alone {np.median(quality.autoencoding):.2g} in steps of 255 (median)"
+
+
+def to_json(report: Report) -> dict[str, Any]:
     """Everything that the Markdown says."""
-    [likelihood] = evaluation_json([evaluation])["evaluations"]
+    quality = report.quality
+    [likelihood] = evaluation_json([report.evaluation])["evaluations"]
     copying, options = quality.copying, quality.options
     return {
         "name": quality.bundle.name,
         "model_id": quality.bundle.model_id,
         "likelihood": likelihood,
-        "baseline": None if baseline is None else _baseline_json(evaluation, baseline),
+        "baseline": _baseline_json(report),
         "samples": {
             "count": options.num_samples,
             "seed": options.seed,
             "sampling": quality.sampling.to_dict(),
             "not_finite": quality.not_finite,
             "seconds_each": quality.seconds / options.num_samples,
+            "hardware": quality.hardware,
         },
         "distances": {
             "features": quality.features,
-            "reference_images": quality.num_reference,
-            "components": options.components,
+            "reference_images": quality.reference.count,
+            "components": quality.components,
             "samples": None if quality.samples is None else _distances_json(quality.samples),
             "real_images": {**_distances_json(quality.real), "from": quality.real_from},
             "from_statistics": quality.published,
+            "statistics": report.statistics_name or None,
         },
         "copying": None
         if copying is None
@@ -167,21 +249,30 @@ def to_json(evaluation: Evaluation, quality: Quality, baseline: Baseline | None)
             "test_images": _quantiles(copying.held_out.distance),
             "share_nearer_than_1_percent_of_test_images": copying.share_nearer,
         },
-        "reconstruction": _quantiles(quality.reconstruction),
+        "reconstruction": {
+            "unit": "8-bit steps" if quality.autoencoding is None else "latents",
+            **_quantiles(quality.reconstruction),
+        },
+        "autoencoding": None if quality.autoencoding is None else _quantiles(quality.autoencoding),
     }
 
 
-def _baseline_json(evaluation: Evaluation, baseline: Baseline) -> dict[str, Any]:
-    difference = baseline_difference(evaluation, baseline)
+def _baseline_json(report: Report) -> dict[str, Any] | None:
+    baseline, difference = report.baseline, report.baseline_difference
+    if baseline is None or difference is None:
+        return None
     return {
         "name": baseline.name,
         "parameters": baseline.num_parameters,
         "flops_per_image": baseline.flops_per_image,
-        "model_flops_per_image": evaluation.bundle.config.flow.flops_per_image,
+        "model_flops_per_image": report.evaluation.bundle.config.flow.flops_per_image,
         "images_seen": baseline.images_seen,
+        "model_images_seen": baseline.model_images,
         "seconds": baseline.seconds,
-        "bits_per_dim": float(np.mean(baseline.bits[np.isfinite(baseline.bits)])),
-        "minus_model": {"mean": difference.mean, "standard_error": difference.standard_error},
+        "conditional": baseline.conditional,
+        "not_finite": len(baseline.bits) - len(finite(baseline.bits)),
+        "bits_per_dim": _number(estimate(finite(baseline.bits)).mean),
+        "minus_model": {"mean": _number(difference.mean), "standard_error": _number(difference.standard_error)},
     }
 
 
@@ -201,4 +292,9 @@ def _distances_json(found: Distances) -> dict[str, Any]:
 def _quantiles(values: NDArray[np.float64]) -> dict[str, float | None]:
     named = {"least": values.min(), "percent_1": np.quantile(values, 0.01), "median": np.median(values)}
     named["largest"] = values.max()
-    return {name: float(value) if math.isfinite(value) else None for name, value in named.items()}
+    return {name: _number(float(value)) for name, value in named.items()}
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None

@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from model.bundle import Bundle
+from model.config import FlowConfig
 from model.flow import patchify
 from model.likelihood import add_noise, centre_draw
 from training.baselines.coupling import CouplingFlow, coupling_builder, matched_width
 from training.classes import match_labels
 from training.config import DataOptions, Optimization, TrainConfig
-from training.data import DataError, Images, load_images
+from training.data import DataError, Images
 from training.evaluate import score_images
+from training.latents import load_bundle_images
 from training.log import RunLog
 from training.provenance import training_split
 from training.run import stop_on_signals
@@ -45,6 +47,8 @@ class Baseline:
     """Operations of one pass over an image."""
     images_seen: int
     """Images trained on, repeats included."""
+    model_images: int
+    """Images that the bundle was trained on."""
     seconds: float
     """Time in training steps."""
     bits: NDArray[np.float64]
@@ -78,6 +82,14 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
     )
 
 
+def baseline_width(flow: FlowConfig) -> int:
+    """The largest width with which the baseline takes no more operations an image than this flow.
+
+    Raises ``ValueError`` for images that no coupling flow can be made for.
+    """
+    return matched_width(flow, flow.flops_per_image)
+
+
 def train_baseline(
     bundle: Bundle,
     data: Path,
@@ -92,16 +104,16 @@ def train_baseline(
     Raises ``ValueError`` for a bundle or data that it cannot be trained on, :class:`Stopped` when a signal asked so.
     """
     config = baseline_config(bundle, images)
-    train = load_images(data, "train", config.flow.image_size, config.flow.channels)
+    train = load_bundle_images(bundle, data, "train", device)
     if config.flow.num_classes:
         train = match_labels(train, config.class_names, bundle.name)
     try:
         training_split(bundle, train)
     except DataError as error:
         raise DataError(f"no baseline of equal budget: {error}") from error
-    first = torch.from_numpy(train.pixels[:FIRST_IMAGES])
+    first = torch.from_numpy(train.pixels[:FIRST_IMAGES].copy())
     x_BTD = patchify(add_noise(first, config.noise, centre_draw(config.noise.kind)), config.flow.patch_size)
-    build = coupling_builder(matched_width(config.flow, config.flow.flops_per_image), x_BTD)
+    build = coupling_builder(baseline_width(config.flow), x_BTD)
     trainer = Trainer(config, train, out, device, build)
     if trainer.step < trainer.total_steps:
         with RunLog(out, trainer.step) as log, stop_on_signals(trainer):
@@ -119,7 +131,15 @@ def train_baseline(
 
 
 def score_baseline(
-    flow: CouplingFlow, trainer: Trainer, images: Images, *, conditional: bool, draws: int, seed: int, batch_size: int
+    flow: CouplingFlow,
+    trainer: Trainer,
+    images: Images,
+    bundle: Bundle,
+    *,
+    conditional: bool,
+    draws: int,
+    seed: int,
+    batch_size: int,
 ) -> Baseline:
     """The baseline's bits/dim on the images, with the same noise as the bundle's."""
     noise = trainer.config.noise
@@ -128,6 +148,7 @@ def score_baseline(
         num_parameters=sum(p.numel() for p in flow.parameters()),
         flops_per_image=flow.flops_per_image,
         images_seen=trainer.images_seen,
+        model_images=bundle.config.training["steps"] * trainer.config.optimization.batch_size,
         seconds=trainer.seconds,
         bits=score_images(flow, images, noise, conditional=conditional, draws=draws, seed=seed, batch_size=batch_size),
         conditional=conditional,
