@@ -126,8 +126,8 @@ def _baseline_lines(report: Report) -> list[str]:
     return [
         f"baseline {equal}: {theirs.mean:.4f} ± {theirs.standard_error:.4f} bits/dim, {verdict} than the model on the "
         f"same images under the same noise (95% interval of the difference {low:+.4f} to {high:+.4f}); "
-        f"{baseline.name}, trained on {baseline.images_seen:,} images where the model saw {baseline.model_images:,}{earlier}, "
-        f"{_mflop(baseline.flops_per_image)} an image where the model takes {_mflop(flow.flops_per_image)}, "
+        f"{baseline.name}, trained on {baseline.images_seen:,} images where the model saw {baseline.model_images:,}"
+        f"{earlier}, {_mflop(baseline.flops_per_image)} an image where the model takes {_mflop(flow.flops_per_image)}, "
         f"{baseline.num_parameters:,} parameters, {baseline.seconds:.0f} s"
     ]
 
