@@ -137,10 +137,11 @@ def _mflop(flops: int) -> str:
 
 
 def _drawn(quality: Quality) -> str:
-    options = quality.options
+    options, setting = quality.options, describe(quality.sampling)
+    setting = setting if setting.startswith("no ") else f"guidance {setting}"
     return (
         f"{options.num_samples:,} samples with seeds from {options.seed} and classes in the reference's shares, "
-        f"{describe(quality.sampling)}, denoising {'on' if quality.sampling.denoise else 'off'}: "
+        f"{setting}, denoising {'on' if quality.sampling.denoise else 'off'}: "
         f"{quality.seconds / options.num_samples:.3g} s each on {quality.hardware}, decoded patch by patch in batches; "
         f"{quality.not_finite:,} not finite"
     )
@@ -150,7 +151,8 @@ def _distances(quality: Quality) -> str:
     lines = [
         f"On the features of {quality.features}, against {quality.reference.count:,} test images. Figures on other "
         "features than Inception's are not comparable with published FID and KID. Real images are what a perfect "
-        f"model would get; they are of {quality.real_from}.",
+        f"model would get; they are of {quality.real_from}. Standard errors are of the choice of the images in a row, "
+        "not of that of the test images, which both rows share.",
         "",
         f"| | images | Fréchet, all features | Fréchet, {quality.components} components, without its 1/n term "
         "| kernel × 1000 | precision | recall |",
