@@ -162,6 +162,9 @@ def test_the_baseline_is_trained_as_the_bundle_was(
     assert config.optimization.batch_size == record["optimization"]["batch_size"]
     assert config.optimization.learning_rate == record["optimization"]["learning_rate"]
     assert (config.noise, config.data.holdout, config.seed) == (bundle.config.noise, 140, record["seed"])
+    assert config.optimization.warmup_epochs == record["optimization"]["warmup_epochs"]
+    # On half as many images everything is half as long.
+    assert baseline_config(bundle, 80).optimization.warmup_epochs == config.optimization.warmup_epochs / 2
     _, trainer = train_baseline(bundle, data, tmp_path / "baseline", CPU, images=80)
     assert trainer.step == trainer.total_steps == 10
     assert trainer.data_sha256 == record["data"]["sha256"]

@@ -74,8 +74,14 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
         name=f"{bundle.name}-coupling",
         flow=bundle.config.flow,
         noise=bundle.config.noise,
-        # A quarter of a step more, so that rounding cannot lose one.
-        optimization=replace(optimization, epochs=(steps + 0.25) / per_epoch, precision="float32"),
+        optimization=replace(
+            optimization,
+            # A quarter of a step more, so that rounding cannot lose one.
+            epochs=(steps + 0.25) / per_epoch,
+            # The same share of the run, however long that is.
+            warmup_epochs=optimization.warmup_epochs * steps / record["steps"],
+            precision="float32",
+        ),
         data=replace(data, classes_from_data=False),
         class_names=bundle.config.class_names,
         seed=record.get("seed", 0),
