@@ -50,11 +50,11 @@ def test_the_jackknife_leaves_out_groups() -> None:
 
 def test_it_is_unbiased_and_its_error_is_that_of_repeated_draws() -> None:
     real = draw(2000, 1)
-    same = [kernel_distance(draw(60, seed), real) for seed in range(10, 60)]
+    same = [kernel_distance(draw(60, seed), real) for seed in range(10, 40)]
     values = torch.tensor([figure.value for figure in same])
-    # The mean of fifty is within three of its own errors around the distance of all from the real ones, which is zero.
-    assert values.mean().abs() < 3 * values.std() / 50**0.5 + 0.02
-    shifted = [kernel_distance(draw(60, seed, 1.0), real) for seed in range(10, 60)]
+    # The mean of thirty is within three of its own errors around the distance of all from the real ones, which is zero.
+    assert values.mean().abs() < 3 * values.std() / 30**0.5 + 0.02
+    shifted = [kernel_distance(draw(60, seed, 1.0), real) for seed in range(10, 40)]
     spread = torch.tensor([figure.value for figure in shifted]).std()
     errors = torch.tensor([figure.standard_error for figure in shifted]).mean()
     assert 0.7 < errors / spread < 1.4
