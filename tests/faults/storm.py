@@ -29,7 +29,7 @@ OPS = (Op.SCORE, Op.SAMPLE, Op.CLASSIFY, Op.ENCODE)
 ROWS = 4
 PAUSE = 0.2
 """Until something that was refused is asked for again: impatiently, not as Retry-After says."""
-KEEP_SECONDS = 900.0
+KEEP_SECONDS = 3600.0
 
 
 def detached_job(model: ModelInfo, number: int, rows: int = ROWS) -> Job:
@@ -69,9 +69,9 @@ def arrays_of(job: Job) -> str:
     ]
 
 
-async def submitted(broker: Broker, job: Job, how: Terms) -> str:
+async def submitted(broker: Broker, job: Job, how: Terms, patience: float = PATIENCE) -> str:
     """Submit until it is accepted; returns the job's id."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(patience):
         while True:
             try:
                 return (await broker.submit(job, how)).job_id
@@ -129,9 +129,15 @@ async def check_ended(broker: Broker, jobs: dict[str, Job]) -> Ended:
 class Storm:
     """Clients that insist on their results."""
 
-    def __init__(self, cluster: Cluster, apis: Sequence[ApiProcess], allowed: Collection[tuple[int, str]]) -> None:
-        """``allowed`` are the status and code of every refusal that a client may get."""
-        self.apis, self.allowed = apis, set(allowed)
+    def __init__(
+        self,
+        cluster: Cluster,
+        apis: Sequence[ApiProcess],
+        allowed: Collection[tuple[int, str]],
+        patience: float = PATIENCE,
+    ) -> None:
+        """``allowed`` are the status and code of every refusal that a client may get; it insists for ``patience``."""
+        self.apis, self.allowed, self._patience = apis, set(allowed), patience
         self.broker = RedisBroker(cluster.url, LIMITS)
         self.told: Counter[tuple[int, str]] = Counter()
         self.detached: dict[str, Job] = {}
@@ -155,7 +161,7 @@ class Storm:
                 group.create_task(self._client(jobs))
 
     async def _client(self, jobs: int) -> None:
-        async with httpx.AsyncClient(timeout=PATIENCE) as client:
+        async with httpx.AsyncClient(timeout=self._patience) as client:
             while (number := next(self._numbers)) < jobs or not self.over.is_set():
                 # Pairs, so that every op comes both ways.
                 if number // len(OPS) % 2:
@@ -166,14 +172,14 @@ class Storm:
     async def _detached(self, number: int) -> None:
         assert self._model is not None
         job = detached_job(self._model, number)
-        job_id = await submitted(self.broker, job, terms(number))
+        job_id = await submitted(self.broker, job, terms(number), self._patience)
         self.detached[job_id] = job
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(self._patience):
             async for _ in self.broker.events(job_id):
                 pass
 
     async def _answered(self, client: httpx.AsyncClient, number: int) -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(self._patience):
             while True:
                 if await self._asked(client, number):
                     return

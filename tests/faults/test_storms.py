@@ -22,6 +22,8 @@ SIZES = [
     pytest.param(1000, 40, id="long", marks=pytest.mark.long),
 ]
 STOPPED_SECONDS = 1.5 * LEASE_SECONDS
+START_SECONDS = 30.0
+"""In which a worker that was killed is there again, on a slow machine: it lives until the next second."""
 
 
 def started(cluster: Cluster) -> tuple[list[ApiProcess], list[WorkerProcess]]:
@@ -50,7 +52,8 @@ async def test_every_job_ends_once_while_workers_are_killed(cluster: Cluster, jo
     """Every second a worker that is ready is killed at random, with whatever it has in its hands."""
     apis, workers = started(cluster)
     chance = random.Random(5)
-    async with Storm(cluster, apis, REFUSALS) as storm, asyncio.TaskGroup() as group:
+    patience = PATIENCE + kills * START_SECONDS
+    async with Storm(cluster, apis, REFUSALS, patience) as storm, asyncio.TaskGroup() as group:
         storming = group.create_task(storm.run(jobs))
         for _ in range(kills):
             await asyncio.sleep(1)
