@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import yaml
 from rich.console import Console
 
 from model.bundle import Bundle, BundleConfig, BundleError, read_bundle
@@ -27,11 +28,13 @@ from training.config import TrainConfig
 from training.data import Images
 from training.hardware import describe_hardware
 from training.log import RunLog, last_epoch_bits_per_dim
+from training.processes import ALONE, Processes
 from training.progress import ProgressDisplay
 from training.samples import Interrupted, write_sample_grid
-from training.trainer import StepReport, Trainer
+from training.trainer import CHECKPOINT_SECONDS, StepReport, Trainer
 
 BUNDLE = "bundle"
+CONFIG = "config.yaml"
 SAMPLES = "samples"
 
 
@@ -48,8 +51,9 @@ class Origin:
 class Run:
     """Everything around one :class:`Trainer`; construct (which continues a checkpoint), then :meth:`execute`.
 
-    Writes into ``out``: ``checkpoint.pt``, ``log.jsonl``, ``samples/step_XXXXXX.png`` and ``bundle/``,
-    which is complete and servable after its first writing. Raises what the trainer raises, and
+    Writes into ``out``: ``config.yaml`` (the resolved configuration, a preset file), ``checkpoint.pt``, ``log.jsonl``,
+    ``samples/step_XXXXXX.png`` and ``bundle/``, which is complete and servable after its first writing. Of several
+    processes only the first one writes. Raises what the trainer raises, and
     ``ValueError`` for a name or class names that a bundle cannot have.
     """
 
@@ -59,15 +63,18 @@ class Run:
         images: Images,
         out: Path,
         device: torch.device,
+        processes: Processes = ALONE,
         *,
         origin: Origin,
         console: Console,
         sample_every: int | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
         # What a bundle refuses must not surface only after the first hour.
         BundleConfig(name=config.name, flow=config.flow, noise=config.noise, class_names=config.class_names)
-        self.trainer = Trainer(config, images, out, device)
+        self.trainer = Trainer(config, images, out, device, processes)
         self._config, self._out, self._origin, self._console = config, out, origin, console
+        self._checkpoint_seconds = checkpoint_seconds
         self._samples_png: bytes | None = None
         self._sample_every = sample_every or self.trainer.steps_per_epoch
         self._display = ProgressDisplay(
@@ -80,6 +87,10 @@ class Run:
     def execute(self) -> bool:
         """Train until done, or until SIGTERM or SIGINT; returns whether the run is complete."""
         trainer = self.trainer
+        if not trainer.processes.is_first:
+            with stop_on_signals(trainer):
+                return trainer.run(lambda report: None, self._checkpoint_seconds)
+        write_config(self._out, self._config)
         with RunLog(self._out, trainer.step) as log, self._display, stop_on_signals(trainer):
 
             def observe(report: StepReport) -> None:
@@ -89,7 +100,7 @@ class Run:
                 if due and self._draw_samples():
                     self.write_bundle()
 
-            complete = trainer.run(observe)
+            complete = trainer.run(observe, self._checkpoint_seconds)
             if complete:
                 self._draw_samples()
             self.write_bundle()
@@ -157,6 +168,13 @@ class Run:
         bundle = write_bundle(directory, bundle_config, flow, config.sampling, card, self._samples_png)
         if earlier and earlier.model_id == bundle.model_id:
             _carry_over(earlier, bundle)
+
+
+def write_config(directory: Path, config: TrainConfig) -> None:
+    """The resolved configuration as a preset file, from which the same run can be started anywhere."""
+    part = directory / f"{CONFIG}.part"
+    part.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    part.replace(directory / CONFIG)
 
 
 def _carry_over(earlier: Bundle, bundle: Bundle) -> None:

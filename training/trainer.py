@@ -1,7 +1,7 @@
 """The training loop: from a configuration and images to weights.
 
-A step's noise, dropped labels and flips come from a generator seeded with (seed, step), and its
-images from the epoch's order, so the step number alone fixes all randomness and a resumed run is
+A sample's noise, dropped label and flip come from a generator seeded with its number in the run, and a step's images
+from the epoch's order: so the step alone fixes all randomness, whatever the number of processes, and a resumed run is
 bit-equal to an uninterrupted one.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +18,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.config import check
 from model.flow import NO_CLASS, Flow
 from model.likelihood import add_noise, bits_per_dim, prior_terms
-from training.checkpoint import TrainState, check_continues, data_fingerprint, load_checkpoint, save_checkpoint
+from training.checkpoint import (
+    TrainState,
+    check_continues,
+    check_space,
+    data_fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from training.config import TrainConfig
 from training.data import Images, epoch_order
+from training.execution import prepare
 from training.optimizer import WeightAverage, bf16_is_faster, learning_rate
+from training.processes import ALONE, ProcessError, Processes
 
 MAX_SKIPPED_IN_A_ROW = 50
 PRIOR_RATE = 0.1
+CHECKPOINT_SECONDS = 120.0
+"""What a run that is killed has to do again, at most."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -49,14 +62,23 @@ class StepReport:
 
 
 class Trainer:
-    """Trains one flow in one process; construct, then :meth:`run`.
+    """Trains one flow, alone or as one of several processes that share each batch; construct, then :meth:`run`.
 
     Raises :class:`~training.checkpoint.CheckpointError` when ``out`` holds a run with another
     configuration, :class:`TrainingDiverged` when the loss stays non-finite.
     """
 
-    def __init__(self, config: TrainConfig, images: Images, out: Path, device: torch.device) -> None:
-        self.config, self.out, self.device = config, out, device
+    def __init__(
+        self, config: TrainConfig, images: Images, out: Path, device: torch.device, processes: Processes = ALONE
+    ) -> None:
+        self.config, self.out, self.device, self.processes = config, out, device, processes
+        with processes.together():
+            self._prepare(images)
+        self._build()
+
+    def _prepare(self, images: Images) -> None:
+        """Refuse what cannot be trained; nothing is written yet."""
+        config, processes = self.config, self.processes
         if config.data.holdout >= len(images):
             raise ValueError(
                 f"holdout: got {config.data.holdout}, allowed is less than the {len(images)} images there are"
@@ -67,11 +89,26 @@ class Trainer:
             raise ValueError(
                 f"data: got {len(self.images)} training images, allowed is >= batch_size {options.batch_size}"
             )
+        share = processes.size * config.execution.accumulation
+        check(
+            options.batch_size % share == 0,
+            "batch_size",
+            options.batch_size,
+            f"a multiple of {share} ({processes.size} processes with execution.accumulation = "
+            f"{config.execution.accumulation})",
+        )
         self.data_sha256 = data_fingerprint(self.images)
         self.steps_per_epoch = len(self.images) // options.batch_size
         self.total_steps = max(1, round(options.epochs * self.steps_per_epoch))
+
+    def _build(self) -> None:
+        """Weights, optimizer and average: new, or from the checkpoint of the first process."""
+        config, options, processes = self.config, self.config.optimization, self.processes
+        hashes = processes.gather(self.data_sha256)
+        if len(set(hashes)) > 1:
+            raise ProcessError("data: the processes have different training images, allowed is the same for all")
         torch.manual_seed(config.seed)
-        self.flow = Flow(config.flow).to(device)
+        self.flow = Flow(config.flow).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.flow.parameters(),
             lr=options.learning_rate,
@@ -85,17 +122,24 @@ class Trainer:
         self.stop_requested = False
         self._order_of_epoch: tuple[int, np.ndarray] | None = None
         self._skipped_in_a_row = 0
-        out.mkdir(parents=True, exist_ok=True)
-        state = load_checkpoint(out)
+        state = None
+        with processes.together():
+            if processes.is_first:
+                state = load_checkpoint(self.out)
+                if state is not None:
+                    check_continues(self.out, state, config, self.data_sha256)
+                self.out.mkdir(parents=True, exist_ok=True)
+                check_space(self.out, self.flow)
+        state = processes.from_first(state)
         if state is None:
-            bf16 = bf16_is_faster(device) if options.precision == "auto" else options.precision == "bf16"
-            self.precision = "bf16" if bf16 else "float32"
+            bf16 = bf16_is_faster(self.device) if options.precision == "auto" else options.precision == "bf16"
+            self.precision = processes.from_first("bf16" if bf16 else "float32")
         else:
             self.precision = state.precision
             self._restore(state)
+        self._model = prepare(self.flow, config.execution, processes)
 
     def _restore(self, state: TrainState) -> None:
-        check_continues(self.out, state, self.config, self.data_sha256)
         self.flow.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         self.average.tensors = {k: v.to(self.device) for k, v in state.average.items()}
@@ -104,7 +148,9 @@ class Trainer:
         self.skipped_steps = state.skipped_steps
 
     def save(self) -> None:
-        """Write a checkpoint from which this run continues exactly."""
+        """Write a checkpoint from which this run continues exactly, with any number of processes."""
+        if not self.processes.is_first:
+            return
         state = TrainState(
             config=self.config,
             precision=self.precision,
@@ -126,27 +172,61 @@ class Trainer:
         flow.load_state_dict(self.average.tensors)
         return flow.eval().requires_grad_(False)
 
-    def _batch(self) -> tuple[Tensor, Tensor | None]:
-        """Noisy patches and labels of the present step, a function of (seed, step)."""
+    def _batch(self, part: int) -> tuple[Tensor, Tensor | None]:
+        """Noisy patches and labels of this process's ``part`` of the present step, a function of (seed, step, rows)."""
         options, size = self.config.optimization, self.config.optimization.batch_size
+        parts = self.config.execution.accumulation
+        count = size // (self.processes.size * parts)
+        first = (self.processes.rank * parts + part) * count
         epoch, position = divmod(self.step, self.steps_per_epoch)
         if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
             self._order_of_epoch = (epoch, epoch_order(len(self.images), self.config.seed, epoch))
-        chosen = self._order_of_epoch[1][position * size : (position + 1) * size]
-        generator = torch.Generator(self.device)
-        generator.manual_seed(self.config.seed * 1_000_003 + self.step)
+        start = position * size + first
+        chosen = self._order_of_epoch[1][start : start + count]
         pixels = torch.from_numpy(self.images.pixels[chosen]).to(self.device)
+        draw, chance_B2 = self._random(self.step * size + first, pixels.shape)
         if self.config.data.flip:
-            flipped = torch.rand(size, 1, 1, 1, generator=generator, device=self.device) < 0.5
-            pixels = torch.where(flipped, pixels.flip(3), pixels)
-        sample = torch.randn if self.config.noise.kind == "gaussian" else torch.rand
-        draw = sample(pixels.shape, generator=generator, device=self.device)
+            pixels = torch.where(chance_B2[:, 0].view(-1, 1, 1, 1) < 0.5, pixels.flip(3), pixels)
         x_BTD = self.flow.patchify(add_noise(pixels, self.config.noise, draw))
         if not self.config.flow.num_classes:
             return x_BTD, None
         labels = torch.from_numpy(self.images.labels[chosen]).to(self.device)
-        dropped = torch.rand(size, generator=generator, device=self.device) < options.label_drop
-        return x_BTD, torch.where(dropped, NO_CLASS, labels)
+        return x_BTD, torch.where(chance_B2[:, 1] < options.label_drop, NO_CLASS, labels)
+
+    def _random(self, first: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Noise of a part's ``shape`` and two numbers in [0, 1) a row: those of the run's samples from ``first`` on."""
+        draw, chance_B2 = torch.empty(shape, device=self.device), torch.empty(shape[0], 2, device=self.device)
+        generator, is_gaussian = torch.Generator(self.device), self.config.noise.kind == "gaussian"
+        for row in range(shape[0]):
+            generator.manual_seed(self.config.seed * 1_000_003 + first + row)
+            chance_B2[row].uniform_(generator=generator)
+            if is_gaussian:
+                draw[row].normal_(generator=generator)
+            else:
+                draw[row].uniform_(generator=generator)
+        return draw, chance_B2
+
+    def _gradient(self) -> tuple[float, float, Tensor]:
+        """The gradient of a whole batch, left in the parameters; returns loss, bits/dim, and the mean square of z."""
+        parts, num_dims = self.config.execution.accumulation, self.config.flow.num_dims
+        figures = torch.zeros(2, device=self.device)
+        square_TD = torch.zeros_like(self.flow.prior_variance)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in range(parts):
+            x_BTD, y_B = self._batch(part)
+            # Gradients travel once, with the last part.
+            with self._model.no_sync() if part < parts - 1 and self.processes.size > 1 else nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    z_BTD, logdet_B = self._model(x_BTD, y_B)
+                # Paper, equation 6: the negative log-likelihood per dimension without the prior's constant.
+                loss = 0.5 * z_BTD.square().mean() - logdet_B.mean() / num_dims
+                (loss / parts).backward()
+            with torch.no_grad():
+                nats = prior_terms(z_BTD, self.flow.prior_variance).sum(dim=(1, 2)) + logdet_B
+                figures += torch.stack([loss.detach(), nats.mean()]) / parts
+                square_TD += z_BTD.square().mean(dim=0) / parts
+        loss_mean, nats_mean = self.processes.mean(figures).tolist()
+        return loss_mean, float(bits_per_dim(nats_mean, num_dims, self.config.noise)), square_TD
 
     def _train_step(self) -> tuple[float, float, float, float]:
         """One optimizer step; returns loss, bits/dim, gradient norm and learning rate."""
@@ -155,19 +235,14 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, warmup_steps, options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        x_BTD, y_B = self._batch()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            z_BTD, logdet_B = self.flow(x_BTD, y_B)
-        # Paper, equation 6: the negative log-likelihood per dimension without the prior's constant.
-        loss = 0.5 * z_BTD.square().mean() - logdet_B.mean() / self.config.flow.num_dims
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm)
-        if math.isfinite(norm.item()) and math.isfinite(loss.item()):
+        loss, bits, square_TD = self._gradient()
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm).item()
+        # All processes have the same norm and loss, and so come to the same end.
+        if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
             if self.config.flow.volume_preserving:
                 with torch.no_grad():
-                    self.flow.prior_variance.lerp_(z_BTD.detach().square().mean(dim=0), PRIOR_RATE)
+                    self.flow.prior_variance.lerp_(self.processes.mean(square_TD), PRIOR_RATE)
             self.average.update(self.flow)
             self._skipped_in_a_row = 0
         else:
@@ -178,12 +253,9 @@ class Trainer:
                     f"{MAX_SKIPPED_IN_A_ROW} steps in a row up to step {self.step} had a non-finite loss or gradient; "
                     "lower the learning rate, or use float32"
                 )
-        with torch.no_grad():
-            nats = prior_terms(z_BTD, self.flow.prior_variance).sum(dim=(1, 2)) + logdet_B
-            bits = bits_per_dim(nats.mean(), self.config.flow.num_dims, self.config.noise)
-        return loss.item(), float(bits), norm.item(), rate
+        return loss, bits, norm, rate
 
-    def run(self, observe: Callable[[StepReport], None], checkpoint_seconds: float = 120.0) -> bool:
+    def run(self, observe: Callable[[StepReport], None], checkpoint_seconds: float = CHECKPOINT_SECONDS) -> bool:
         """Train until done or :attr:`stop_requested`; returns whether the run is complete.
 
         ``observe`` is called after every step. A checkpoint is written every
@@ -191,7 +263,7 @@ class Trainer:
         """
         last_save = time.monotonic()
         self.flow.train()
-        while self.step < self.total_steps and not self.stop_requested:
+        while self.step < self.total_steps and not self.processes.any(self.stop_requested):
             start = time.monotonic()
             loss, bits, norm, rate = self._train_step()
             elapsed = time.monotonic() - start
@@ -212,7 +284,7 @@ class Trainer:
                     skipped_steps=self.skipped_steps,
                 )
             )
-            if time.monotonic() - last_save > checkpoint_seconds:
+            if time.monotonic() - last_save >= checkpoint_seconds:
                 self.save()
                 last_save = time.monotonic()
         self.save()
