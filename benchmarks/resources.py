@@ -185,7 +185,7 @@ def _sample(flow: Flow, rows: int, full: bool) -> Timed:
     first_steps = run()
     for _ in range(FIRST_STEPS):
         next(first_steps)
-    guidance = Guidance(batch, 0, config.num_patches)
+    guidance = Guidance(batch, 0, sampler.kernel.blocks[0].block)
     memory = Memory.allocate(config, guidance.num_passes, sampler.kernel.dtype, device)
     for held in memory.qkv:
         held.zero_()

@@ -54,7 +54,7 @@ def ours(config: TrainConfig, images: Images, steps: int, device: torch.device) 
     """Seconds of each step of the trainer, in all processes that were started."""
     times: list[float] = []
     with joined(device) as processes, tempfile.TemporaryDirectory() as out:
-        trainer = Trainer(config, images, Path(out), device, processes)
+        trainer = Trainer(config, images, Path(out), device, processes=processes)
 
         def observe(report: StepReport) -> None:
             times.append(config.optimization.batch_size / report.images_per_second)

@@ -4,14 +4,16 @@ A bundle is a directory::
 
     config.json         architecture, noise protocol, class names and prior, preprocessing, provenance
     model.safetensors   weights (see :mod:`model.weights`)
+    codec.safetensors   only of models of latents: weights of the autoencoder (see :mod:`model.codecs.weights`)
     sampler.json        recommended sampling parameters, and how the solvers converge (``tarflow tune``)
     calibration.safetensors  optional: what is normal, for anomaly verdicts (``tarflow calibrate``)
     CARD.md             for people: data, recipe, figures
     samples.png         optional: a picture for the card
     manifest.json       sha256 of every file above, and when the bundle was first written
 
-The model id is the hash of config.json and model.safetensors, so tuning, calibrating or editing the
-card never changes it. This module reads and checks everything but the tensors, without torch.
+The model id is the hash of config.json, which has that of the codec, and model.safetensors, so tuning,
+calibrating or editing the card never changes it. This module reads and checks everything but the tensors, without
+torch.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
+from model.codecs.config import CodecConfig
+from model.config import FlowConfig, NoiseProtocol, SamplingDefaults, check
 from model.sampling.plan import ConvergenceProfile
 
 FORMAT_VERSION = 1
@@ -37,6 +40,7 @@ CONFIG, WEIGHTS, SAMPLER, CARD, MANIFEST = (
     "manifest.json",
 )
 SAMPLES = "samples.png"
+CODEC = "codec.safetensors"
 CALIBRATION = "calibration.safetensors"
 PRIOR_TOLERANCE = 1e-6
 """How far the sum of a class prior may be from 1."""
@@ -98,6 +102,8 @@ class BundleConfig:
     """p(y) of each class in label order, as frequent as in training; empty for uniform. See :attr:`prior`."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Provenance: free-form record of how the weights were made."""
+    codec: CodecConfig | None = None
+    """What makes latents of images, where these are modelled; None for a model of pixels."""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and is_name(self.name)):
@@ -108,6 +114,7 @@ class BundleConfig:
                 f"class_names: got {len(names)}, allowed is {self.flow.num_classes} names that are not empty"
             )
         self._check_prior()
+        check_codec(self.flow, self.noise, self.codec)
         if not isinstance(self.training, Mapping):
             raise ValueError(f"training: got {self.training!r}, allowed is an object")
         if len(set(names)) != len(names):
@@ -136,6 +143,16 @@ class BundleConfig:
             )
 
     @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.flow.image_size * (1 if self.codec is None else self.codec.factor)
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of the images: 1 (grey) or 3 (RGB)."""
+        return self.flow.channels if self.codec is None else self.codec.in_channels
+
+    @property
     def prior(self) -> tuple[float, ...]:
         """p(y) of each class in numbers, uniform where :attr:`class_prior` is empty; empty without classes."""
         count = len(self.class_names)
@@ -152,6 +169,7 @@ class BundleConfig:
             # Left out when empty: bundles from before there were priors keep their bytes, and so their id.
             **({"class_prior": list(self.class_prior)} if self.class_prior else {}),
             "preprocessing": PREPROCESSING,
+            **({} if self.codec is None else {"codec": self.codec.to_dict()}),
             "training": dict(self.training),
         }
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
@@ -177,11 +195,28 @@ class BundleConfig:
                 class_names=tuple(content["class_names"]),
                 class_prior=tuple(content.get("class_prior", ())),
                 training=content.get("training", {}),
+                codec=CodecConfig.from_dict(content["codec"]) if "codec" in content else None,
             )
         except KeyError as error:
             raise BundleDamaged(f"{path}: field {error} is missing") from error
         except (TypeError, ValueError) as error:
             raise BundleDamaged(f"{path}: {error}") from error
+
+
+def check_codec(flow: FlowConfig, noise: NoiseProtocol, codec: CodecConfig | None) -> None:
+    """Raise ``ValueError`` unless the flow models what its codec makes, or images without one, and says which."""
+    if codec is None:
+        check(flow.channels in (1, 3), "channels", flow.channels, "1 or 3, for a model of pixels")
+    else:
+        channels = codec.latent_channels
+        check(flow.channels == channels, "channels", flow.channels, f"{channels}, as many as the codec's latents have")
+    space = "pixels" if codec is None else "latents"
+    check(
+        noise.space == space,
+        "noise.space",
+        noise.space,
+        f"{space!r} for a model {'without' if codec is None else 'with'} a codec",
+    )
 
 
 @dataclass(frozen=True)
@@ -243,7 +278,7 @@ def read_file(directory: Path, name: str) -> bytes:
 def read_bundle(directory: Path) -> Bundle:
     """Read and check a bundle's metadata; raises a :class:`BundleError`.
 
-    Every file but the weights is checked against the manifest here; the weights when they are loaded.
+    Every file but weights is checked against the manifest here; weights when they are loaded.
     """
     if not directory.is_dir():
         raise BundleMissingFile(f"{directory}: no such directory")
@@ -258,13 +293,16 @@ def read_bundle(directory: Path) -> Bundle:
         raise BundleDamaged(f"{directory / MANIFEST}: created: got {created!r}, allowed is a time in seconds")
     if unsafe := [name for name in hashes if Path(name).name != name]:
         raise BundleDamaged(f"{directory / MANIFEST}: {unsafe[0]!r} is not the name of a file in the bundle")
-    others = {SAMPLER, CARD, *hashes} - {CONFIG, WEIGHTS}
+    others = {SAMPLER, CARD, *hashes} - {CONFIG, WEIGHTS, CODEC}
     content |= {name: read_file(directory, name) for name in sorted(others)}
     for name, data in content.items():
         if hashes.get(name) != sha256(data):
             raise BundleDamaged(f"{directory / name}: content does not match its sha256 in {MANIFEST}")
-    if not (directory / WEIGHTS).is_file():
-        raise BundleMissingFile(f"{directory}: {WEIGHTS} is missing")
+    for name in (WEIGHTS, *([] if config.codec is None else [CODEC])):
+        if not (directory / name).is_file():
+            raise BundleMissingFile(f"{directory}: {name} is missing")
+    if config.codec is not None and hashes.get(CODEC) != config.codec.sha256:
+        raise BundleDamaged(f"{directory / MANIFEST}: the sha256 of {CODEC} is not that in {CONFIG}")
     weights_sha256 = str(hashes.get(WEIGHTS))
     sampler = parse_json(content[SAMPLER], directory / SAMPLER)
     try:

@@ -18,6 +18,8 @@ GuidanceSchedule = Literal["constant", "linear", "cosine"]
 GuidanceTarget = Literal["both", "scale", "shift"]
 Solver = Literal["auto", "sequential", "jacobi"]
 Precision = Literal["float32", "bf16"]
+ScaleFunction = Literal["exp", "softplus"]
+Space = Literal["pixels", "latents"]
 
 RULES: tuple[str, ...] = get_args(GuidanceRule)
 SCHEDULES: tuple[str, ...] = get_args(GuidanceSchedule)
@@ -71,9 +73,9 @@ class FlowConfig(Record):
     """Architecture of a TarFlow (arXiv 2412.06329, section 2): everything the weights' shapes depend on."""
 
     image_size: int
-    """Side of the square image in pixels."""
+    """Side of the square image in pixels, or of the latents that a codec makes of it."""
     channels: int
-    """Colour channels C of the image: 1 (grey) or 3 (RGB)."""
+    """Channels C of what is modelled: 1 (grey) or 3 (RGB) for images, any number for latents of a codec."""
     patch_size: int
     """Side P of a square patch; must divide image_size."""
     width: int
@@ -90,14 +92,21 @@ class FlowConfig(Record):
     """Size of one attention head."""
     expansion: int = 4
     """Hidden width of the MLP as a multiple of width."""
+    conditioned_blocks: tuple[int, ...] | None = None
+    """Blocks that see the class, numbered as in layers_per_block, where the last is next to the noise; None for all.
+    STARFlow (arXiv 2506.06276) conditions its deep block alone, and so only that one is guided."""
+    scale_function: ScaleFunction = "exp"
+    """How a block's network gives the scale e^α: its value is α (``exp``), or e^α = softplus(value + ln(e − 1))
+    (``softplus``, STARFlow), which grows only linearly. Both are 1 where the value is 0."""
+    soft_clip: float = 0.0
+    """Bound c on what a block's network gives for scale and shift, c·tanh(value / c) (STARFlow has 4); 0 for none."""
 
     def __post_init__(self) -> None:
         if isinstance(self.layers_per_block, list):
             object.__setattr__(self, "layers_per_block", tuple(self.layers_per_block))
-        for name in ("image_size", "patch_size", "width", "num_blocks", "head_dim", "expansion"):
+        for name in ("image_size", "channels", "patch_size", "width", "num_blocks", "head_dim", "expansion"):
             value = getattr(self, name)
             check(_is_int(value) and value >= 1, name, value, "an integer >= 1")
-        check(_is_int(self.channels) and self.channels in (1, 3), "channels", self.channels, "1 or 3")
         check(
             self.image_size % self.patch_size == 0,
             "patch_size",
@@ -128,6 +137,41 @@ class FlowConfig(Record):
                 layers,
                 f"one number, or num_blocks = {self.num_blocks} of them",
             )
+        self._check_parametrization()
+
+    def _check_parametrization(self) -> None:
+        if isinstance(self.conditioned_blocks, list):
+            object.__setattr__(self, "conditioned_blocks", tuple(self.conditioned_blocks))
+        blocks = self.conditioned_blocks
+        check(
+            blocks is None
+            or (
+                isinstance(blocks, tuple)
+                and len(blocks) >= 1
+                and all(_is_int(n) and 0 <= n < self.num_blocks for n in blocks)
+                and list(blocks) == sorted(set(blocks))
+            ),
+            "conditioned_blocks",
+            blocks,
+            f"different numbers of blocks from 0 to {self.num_blocks - 1} in ascending order, or null for all",
+        )
+        functions = get_args(ScaleFunction)
+        check(self.scale_function in functions, "scale_function", self.scale_function, " or ".join(functions))
+        check(
+            self.scale_function == "exp" or not self.volume_preserving,
+            "scale_function",
+            self.scale_function,
+            "'exp' for a volume-preserving flow, which has no scale",
+        )
+        clip = self.soft_clip
+        check(_is_finite(clip) and 0 <= clip <= 100, "soft_clip", clip, "a number in [0, 100], where 0 is no bound")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The architecture as a JSON-ready dictionary."""
+        content = super().to_dict()
+        # Left out where nothing was chosen: configurations from before there was a choice keep their bytes, and bundles
+        # so their ids.
+        return {name: value for name, value in content.items() if name not in _LEFT_OUT or value != _LEFT_OUT[name]}
 
     @property
     def num_patches(self) -> int:
@@ -162,6 +206,13 @@ class FlowConfig(Record):
         layers = self.layers_per_block
         return layers if isinstance(layers, tuple) else (layers,) * self.num_blocks
 
+    def is_conditioned(self, block: int) -> bool:
+        """Whether a block, numbered as in layers_per_block, sees the class."""
+        return self.num_classes > 0 and (self.conditioned_blocks is None or block in self.conditioned_blocks)
+
+
+_LEFT_OUT: dict[str, Any] = {"conditioned_blocks": None, "scale_function": "exp", "soft_clip": 0.0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseProtocol(Record):
@@ -170,7 +221,9 @@ class NoiseProtocol(Record):
     kind: NoiseKind
     """``gaussian``: N(0, std²) was added; ``uniform``: 8-bit values were dequantized with U[0, 1)."""
     std: float = 0.0
-    """Standard deviation σ of the Gaussian noise on the [-1, 1] pixel scale; 0 for uniform."""
+    """Standard deviation σ of the Gaussian noise on the [-1, 1] pixel scale, or that of latents; 0 for uniform."""
+    space: Space = "pixels"
+    """What is noised and modelled: the image's pixels, or the latents that a codec makes of it."""
 
     def __post_init__(self) -> None:
         check(self.kind in get_args(NoiseKind), "noise.kind", self.kind, "'gaussian' or 'uniform'")
@@ -178,10 +231,31 @@ class NoiseProtocol(Record):
             check(_is_finite(self.std) and 0 < self.std < 2, "noise.std", self.std, "a number in (0, 2)")
         else:
             check(_is_finite(self.std) and self.std == 0, "noise.std", self.std, "0 when noise.kind is 'uniform'")
+        check(self.space in get_args(Space), "noise.space", self.space, "'pixels' or 'latents'")
+        check(
+            self.kind == "gaussian" or self.space == "pixels",
+            "noise.space",
+            self.space,
+            "'pixels' when noise.kind is 'uniform', since latents have no 8-bit steps",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The protocol as a JSON-ready dictionary."""
+        content = super().to_dict()
+        # Left out for pixels: bundles from before there were latents keep their bytes, and so their ids.
+        if self.space == "pixels":
+            del content["space"]
+        return content
 
     @property
     def meaning(self) -> str:
         """One sentence that says what bits/dim of such a model measures."""
+        if self.space == "latents":
+            return (
+                "density, in bits per dimension of an autoencoder's latents, of the latents after adding Gaussian "
+                f"noise of standard deviation {self.std:g} to them, averaged over draws; no likelihood of pixels, "
+                "and comparable with nothing but models of the same latents"
+            )
         if self.kind == "gaussian":
             return (
                 f"density of the image after adding Gaussian noise of standard deviation {self.std:g} on the "

@@ -1,6 +1,8 @@
 """TarFlow, the transformer autoregressive flow, read from leaf to root.
 
-Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329), section 2.
+Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329), section 2. The options
+of STARFlow (Gu et al., arXiv 2506.06276): blocks of different depth, of which some do not see the class, and another
+way from the network to the scale.
 
 Shape legend: B batch, T patches, D values per patch, C colour channels, H attention heads,
 E size of a head, W transformer width. Log-determinants are in nats, summed over all dimensions of an image.
@@ -8,6 +10,7 @@ E size of a head, W transformer width. Log-determinants are in nats, summed over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -19,6 +22,8 @@ from model.config import FlowConfig
 
 NO_CLASS = -1
 """Label of a row without a class; its embedding is the mean of the class embeddings."""
+SOFTPLUS_IS_ONE = math.log(math.e - 1)
+"""Where softplus is 1."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -97,6 +102,22 @@ class Layer(nn.Module):
         return x_BTW + self.mlp(x_BTW)
 
 
+def affine_parameters(values_2D: Tensor, config: FlowConfig) -> Tensor:
+    """α and μ (…, 2, D) in at least float32 from what a block's output layer gives, (…, 2D), or (…, D) for μ alone."""
+    values = at_least_float32(values_2D)
+    if config.soft_clip:
+        values = config.soft_clip * torch.tanh(values / config.soft_clip)
+    if config.volume_preserving:
+        return torch.stack([torch.zeros_like(values), values], dim=-2)
+    values = values.unflatten(-1, (2, -1))
+    if config.scale_function == "exp":
+        return values
+    scale, mu = values.unbind(-2)
+    scale = F.softplus(scale + SOFTPLUS_IS_ONE)
+    # Where it underflows a smallest scale is left: its logarithm must be a number.
+    return torch.stack([scale.clamp(min=torch.finfo(scale.dtype).tiny).log(), mu], dim=-2)
+
+
 class Block(nn.Module):
     """One flow step: z_i = (x_i − μ_i(x_<i))·exp(−α_i(x_<i)), z_0 = x_0 (paper, equation 4).
 
@@ -104,24 +125,27 @@ class Block(nn.Module):
     its inverse is in :mod:`model.sampling`.
     """
 
-    def __init__(self, config: FlowConfig, num_layers: int, reverse: bool) -> None:
+    def __init__(self, config: FlowConfig, number: int) -> None:
+        """``number`` counts from the data to the noise."""
         super().__init__()
-        self.reverse = reverse
+        self.config = config
+        self.reverse = bool(number % 2)
         self.volume_preserving = config.volume_preserving
+        self.conditioned = config.is_conditioned(number)
         self.proj_in = nn.Linear(config.patch_dim, config.width)
         self.position = nn.Parameter(1e-2 * torch.randn(config.num_patches, config.width))
         self.class_embedding = (
-            nn.Parameter(1e-2 * torch.randn(config.num_classes, config.width)) if config.num_classes else None
+            nn.Parameter(1e-2 * torch.randn(config.num_classes, config.width)) if self.conditioned else None
         )
         # The casts tell the type checker what nn.ModuleList forgets.
-        self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(config) for _ in range(num_layers)))
+        self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(config) for _ in range(config.layer_counts[number])))
         outputs = config.patch_dim if config.volume_preserving else 2 * config.patch_dim
         self.proj_out = nn.Linear(config.width, outputs)
         # Zero output weights: a new block is the identity map up to its bias.
         nn.init.zeros_(self.proj_out.weight)
 
     def class_condition(self, y_B: Tensor | None) -> Tensor | None:
-        """Class embeddings as (B, 1, W), or (1, W) when no row has a class, or None without classes."""
+        """Class embeddings as (B, 1, W), or (1, W) when no row has a class, or None where no class enters."""
         if self.class_embedding is None:
             return None
         mean_W = self.class_embedding.mean(dim=0)
@@ -129,14 +153,6 @@ class Block(nn.Module):
             return mean_W.unsqueeze(0)
         given_BW = self.class_embedding[y_B.clamp(min=0)]
         return torch.where((y_B < 0).unsqueeze(-1), mean_W, given_BW).unsqueeze(1)
-
-    def _affine(self, hidden_BTW: Tensor) -> tuple[Tensor, Tensor]:
-        """Output layer: log-scale α and shift μ, (B, N, D) each, in at least float32."""
-        out = at_least_float32(self.proj_out(hidden_BTW))
-        if self.volume_preserving:
-            return torch.zeros_like(out), out
-        alpha, mu = out.chunk(2, dim=-1)
-        return alpha, mu
 
     def in_block_order(self, x_BT: Tensor) -> Tensor:
         """Change between image order and the block's own order (the change is its own inverse)."""
@@ -154,7 +170,7 @@ class Block(nn.Module):
         for layer in self.layers:
             h_BTW = layer(h_BTW, inverse_temperature)
         # The outputs at patch i are the parameters of patch i+1.
-        alpha, mu = self._affine(h_BTW[:, :-1])
+        alpha, mu = affine_parameters(self.proj_out(h_BTW[:, :-1]), self.config).unbind(-2)
         return F.pad(alpha, (0, 0, 1, 0)), F.pad(mu, (0, 0, 1, 0))
 
     def forward(self, x_BTD: Tensor, y_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -176,7 +192,7 @@ class Flow(nn.Module):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.config = config
-        blocks = [Block(config, n, reverse=bool(i % 2)) for i, n in enumerate(config.layer_counts)]
+        blocks = [Block(config, number) for number in range(config.num_blocks)]
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
         # (T, D); stays at one unless the flow is volume preserving.
         self.register_buffer("prior_variance", torch.ones(config.num_patches, config.patch_dim))

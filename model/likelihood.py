@@ -40,11 +40,13 @@ def centre_draw(kind: NoiseKind) -> float:
 
 
 def add_noise(pixels: Tensor, noise: NoiseProtocol, draw: Tensor | float) -> Tensor:
-    """Make 8-bit images continuous as the model's training did.
+    """Make 8-bit images continuous as the model's training did, or add its noise to latents of a codec.
 
     ``draw`` has the shape of ``pixels``: standard normal values for a Gaussian-noise model,
-    values in [0, 1) for uniform dequantization. Returns float32 images on the [-1, 1] scale.
+    values in [0, 1) for uniform dequantization. Returns float32 images on the [-1, 1] scale, or latents.
     """
+    if noise.space == "latents":
+        return pixels + noise.std * draw
     if noise.kind == "gaussian":
         return to_model_range(pixels) + noise.std * draw
     # Beyond LAST, float32 would round 255 + draw up to the next 8-bit value.
@@ -101,7 +103,9 @@ def bits_per_dim(log_likelihood_nats: Tensor | float, num_dims: int, noise: Nois
     """Nats per image to bits per dimension on the 8-bit scale.
 
     A step of the 8-bit scale is 1/128 of the [-1, 1] scale under uniform dequantization, which maps
-    [0, 256) to it, and 1/127.5 for Gaussian noise, which maps [0, 255].
+    [0, 256) to it, and 1/127.5 for Gaussian noise, which maps [0, 255]. Latents have no such scale: theirs is the
+    density's own.
     """
-    log_step = math.log(128.0) if noise.kind == "uniform" else math.log(127.5)
+    steps_per_unit = 128.0 if noise.kind == "uniform" else 127.5
+    log_step = math.log(steps_per_unit) if noise.space == "pixels" else 0.0
     return (-log_likelihood_nats / num_dims + log_step) / math.log(2)

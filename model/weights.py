@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import save as write_safetensors
 from model.bundle import (
     CALIBRATION,
     CARD,
+    CODEC,
     CONFIG,
     MANIFEST,
     SAMPLER,
@@ -29,6 +31,8 @@ from model.bundle import (
     read_file,
     sha256,
 )
+from model.codecs.autoencoder_kl import AutoencoderKL
+from model.codecs.weights import pack
 from model.config import SamplingDefaults
 from model.flow import Flow
 from model.sampling.plan import ConvergenceProfile
@@ -41,10 +45,12 @@ def write_bundle(
     sampling: SamplingDefaults,
     card: str,
     samples_png: bytes | None = None,
+    codec: AutoencoderKL | None = None,
 ) -> Bundle:
     """Write a complete bundle, replacing one that is there; returns what was written.
 
-    ``samples_png`` is a picture that the card may show as ``samples.png``.
+    ``samples_png`` is a picture that the card may show as ``samples.png``. With a ``codec`` the bundle gets its
+    weights, and its configuration their hash.
     The new directory is built beside the old and swapped in, so a reader sees the old bundle, the new one,
     or for an instant none, but never half of one. Raises :class:`BundleError` when the directory holds
     something else.
@@ -52,11 +58,18 @@ def write_bundle(
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
     _check_values(tensors, directory)
+    codec_files: dict[str, bytes] = {}
+    if (codec is None) is not (config.codec is None):
+        raise ValueError("codec: a configuration with a codec is written with its weights, and no other with any")
+    if codec is not None:
+        described, codec_files[CODEC] = pack(codec)
+        config = replace(config, codec=described)
     files = {
         CONFIG: config.to_json(),
         WEIGHTS: write_safetensors(tensors),
         SAMPLER: (json.dumps({"defaults": sampling.to_dict()}, indent=2) + "\n").encode(),
         CARD: card.encode(),
+        **codec_files,
     }
     if samples_png is not None:
         files[SAMPLES] = samples_png

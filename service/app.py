@@ -32,6 +32,7 @@ from service.calibrator import Calibrator
 from service.drain import Drain, Draining
 from service.drift import Drift
 from service.metrics import ServiceMetrics
+from service.page.routes import page_router
 from service.settings import Settings
 from service.state import State
 
@@ -76,10 +77,10 @@ with **/v1/denoise**. Say what is normal with **/v1/calibrations**. Every error 
 `{"error": {"message", "type", "param", "code"}}`. Clients of Triton and KServe find the same under **/v2**, where it is
 `{"error": "message"}`.
 
-Headers that any request may have: `X-Request-Timeout` (seconds, up to the service's own limit), `X-Request-Id` (returned,
-and in the log). Those of operations: `Prefer: respond-async` (202, and a job to ask for), `Accept: text/event-stream`
-(progress as it happens), `Idempotency-Key` (safe to repeat). With a key whose rate is limited every answer has
-`x-ratelimit-limit-requests`, `-remaining-requests` and `-reset-requests`; 429 and 503 have `Retry-After`.
+Headers that any request may have: `X-Request-Timeout` (seconds, up to the service's own limit), `X-Request-Id`
+(returned, and in the log). Those of operations: `Prefer: respond-async` (202, and a job to ask for), `Accept:
+text/event-stream` (progress as it happens), `Idempotency-Key` (safe to repeat). With a key whose rate is limited every
+answer has `x-ratelimit-limit-requests`, `-remaining-requests` and `-reset-requests`; 429 and 503 have `Retry-After`.
 """
 
 
@@ -140,6 +141,8 @@ def create_app(
     app.state.decoding = anyio.CapacityLimiter(DECODING_THREADS)
     app.state.drain, app.state.restarts = drain, restarts
     parts = (*PARTS, *ADMINISTRATION) if settings.administers else PARTS
+    if settings.page:
+        parts = (*parts, (page_router(), None))
     limits = BodyLimits(settings.max_body_bytes, {calibrating.PATH: settings.max_calibration_bytes})
     # Inside of Entrance and Observing, which answer in the envelope where FastAPI's own limit would not.
     app.add_middleware(BodyLimit, limits=limits)
@@ -177,7 +180,7 @@ def guard(app: FastAPI, parts: tuple[Part, ...], settings: Settings) -> None:
             allow_headers=("*",),
             expose_headers=EXPOSED,
         )
-    app.add_middleware(Observing, metrics=app.state.metrics)
+    app.add_middleware(Observing, metrics=app.state.metrics, scopes=scopes)
     app.add_middleware(SecurityHeaders)
 
 

@@ -256,7 +256,7 @@ class Calibrator:
         if model is None:
             raise _Replaced
         pixels = await _patiently(lambda: anyio.to_thread.run_sync(self._pending.images, claim))
-        expected = (model.flow.channels, model.flow.image_size, model.flow.image_size)
+        expected = (model.image_channels, model.image_size, model.image_size)
         if pixels.shape[1:] != expected:
             raise ValueError(f"the images were fitted to (C, H, W) = {pixels.shape[1:]}, the model now has {expected}")
         # In place: parts that are put together in the end would need twice the memory.

@@ -22,6 +22,7 @@ from service import keys_cli
 from service.errors import ServiceError
 from service.settings import ApiSettings, ServeSettings, SharedSettings, WorkerSettings
 from training import data_cli
+from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.cli import evaluate, sweep, train, tune
 from training.commands import clear_errors
@@ -38,6 +39,7 @@ app.command()(sweep)
 app.command()(tune)
 app.command()(calibrate)
 app.command()(anomaly)
+app.command()(ablate)
 app.add_typer(keys_cli.app, name="keys")
 app.add_typer(data_cli.app, name="data")
 

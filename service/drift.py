@@ -8,6 +8,7 @@ two samples the distance to expect is that of √(1/n + 1/m).) Everything here r
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
@@ -36,6 +37,17 @@ def ks_statistic(p_values_N: Sequence[float] | NDArray[np.float64], num_calibrat
     before_U = upto_U - counts_U / len(values_N)
     # Between two ranks that occur the empirical function is flat: its extremes are at a rank and just before one.
     return float(max(np.abs(upto_U - rank_U / cells).max(), np.abs((rank_U - 1) / cells - before_U).max()))
+
+
+def ks_limit(num_values: int, num_calibration: int, level: float = 0.001) -> float:
+    """The distance that a share ``level`` of windows exceeds when nothing has changed; 1 for no values.
+
+    The asymptotic quantile of two samples (Smirnov 1948), since the calibration is one itself: with the grid's
+    ties it errs on the side of silence.
+    """
+    if not num_values:
+        return 1.0
+    return min(1.0, math.sqrt(-math.log(level / 2) / 2 * (1 / num_values + 1 / num_calibration)))
 
 
 class _Window:
@@ -114,12 +126,19 @@ class Drift(Collector):
             "tarflow_anomaly_ks", "Distance of recent p-values from uniform (Kolmogorov-Smirnov)", labels=labels
         )
         rate = GaugeMetricFamily("tarflow_anomaly_flag_rate", "Share of recent images that were flagged", labels=labels)
+        limit = GaugeMetricFamily(
+            "tarflow_anomaly_ks_limit",
+            "Distance that images like the calibration's exceed once in a thousand windows",
+            labels=labels,
+        )
         count = GaugeMetricFamily("tarflow_anomaly_window", "Recent images that drift is measured over", labels=labels)
         for key, window in self._windows.items():
             distance.add_metric(key, ks_statistic(list(window.p_values), window.num_calibration))
+            limit.add_metric(key, ks_limit(len(window.p_values), window.num_calibration))
             rate.add_metric(key, sum(window.flags) / max(1, len(window.flags)))
             count.add_metric(key, len(window.p_values))
         yield distance
+        yield limit
         yield rate
         yield count
         judged = CounterMetricFamily(

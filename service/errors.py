@@ -34,6 +34,8 @@ class ServiceError(Exception):
 
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str] = "internal_error"
+    counts_as: ClassVar[str] = "error"
+    """Its :attr:`outcome`, where no code says otherwise."""
 
     def __init__(
         self, message: str, *, code: str | None = None, param: str | None = None, retry_after: float | None = None
@@ -43,6 +45,11 @@ class ServiceError(Exception):
         self.code = code or self.default_code
         self.param = param
         self.retry_after = retry_after
+
+    @property
+    def outcome(self) -> str:
+        """How requests and jobs that end with it are counted."""
+        return "oom" if self.code == OUT_OF_MEMORY else self.counts_as
 
     def to_wire(self) -> dict[str, Any]:
         """The error as plain data, for the broker."""
@@ -65,6 +72,7 @@ class InvalidRequest(ServiceError):
 
     type = "invalid_request_error"
     default_code = "invalid_value"
+    counts_as = "invalid"
 
 
 class MalformedRequest(InvalidRequest):
@@ -78,6 +86,7 @@ class Unauthorized(ServiceError):
 
     type = "authentication_error"
     default_code = "invalid_key"
+    counts_as = "invalid"
 
 
 class Forbidden(ServiceError):
@@ -85,6 +94,7 @@ class Forbidden(ServiceError):
 
     type = "permission_error"
     default_code = "wrong_scope"
+    counts_as = "invalid"
 
 
 class NotFound(ServiceError):
@@ -92,6 +102,7 @@ class NotFound(ServiceError):
 
     type = "invalid_request_error"
     default_code = "not_found"
+    counts_as = "invalid"
 
 
 class Conflict(ServiceError):
@@ -99,6 +110,7 @@ class Conflict(ServiceError):
 
     type = "invalid_request_error"
     default_code = "already_exists"
+    counts_as = "invalid"
 
 
 class MethodNotAllowed(ServiceError):
@@ -106,6 +118,7 @@ class MethodNotAllowed(ServiceError):
 
     type = "invalid_request_error"
     default_code = "method_not_allowed"
+    counts_as = "invalid"
 
 
 class BodyTooLarge(ServiceError):
@@ -113,6 +126,7 @@ class BodyTooLarge(ServiceError):
 
     type = "invalid_request_error"
     default_code = "body_too_large"
+    counts_as = "invalid"
 
 
 class SlowBody(ServiceError):
@@ -120,6 +134,7 @@ class SlowBody(ServiceError):
 
     type = "invalid_request_error"
     default_code = "slow_body"
+    counts_as = "timeout"
 
 
 class TooManyHeaders(ServiceError):
@@ -127,6 +142,7 @@ class TooManyHeaders(ServiceError):
 
     type = "invalid_request_error"
     default_code = "too_many_headers"
+    counts_as = "invalid"
 
 
 class NotAcceptable(ServiceError):
@@ -134,6 +150,7 @@ class NotAcceptable(ServiceError):
 
     type = "invalid_request_error"
     default_code = "not_acceptable"
+    counts_as = "invalid"
 
 
 class Overloaded(ServiceError):
@@ -141,6 +158,7 @@ class Overloaded(ServiceError):
 
     type = "rate_limit_error"
     default_code = "queue_full"
+    counts_as = "rate_limited"
 
 
 class Unavailable(ServiceError):
@@ -148,6 +166,7 @@ class Unavailable(ServiceError):
 
     type = "unavailable_error"
     default_code = "no_worker"
+    counts_as = "rejected"
 
 
 class TimedOut(ServiceError):
@@ -155,6 +174,7 @@ class TimedOut(ServiceError):
 
     type = "timeout_error"
     default_code = "timeout"
+    counts_as = "timeout"
 
 
 class Canceled(ServiceError):
@@ -162,12 +182,14 @@ class Canceled(ServiceError):
 
     type = "canceled_error"
     default_code = "canceled"
+    counts_as = "canceled"
 
 
 class WorkerLost(ServiceError):
     """The workers that had the job died."""
 
     default_code = "worker_lost"
+    counts_as = "worker_lost"
 
 
 FAULT = "an internal error; the service's log has the details"
@@ -176,3 +198,7 @@ FAULT = "an internal error; the service's log has the details"
 
 class InternalError(ServiceError):
     """A fault of the service."""
+
+
+OUT_OF_MEMORY = "out_of_memory"
+"""Code of an ``InternalError``: the device has no room for even one image of the request."""

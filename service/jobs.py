@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.bundle import Bundle
+from model.codecs.config import CodecConfig
 from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
 
 
@@ -112,6 +113,10 @@ class Job:
     """Images × patches × passes: what admission and claiming count."""
     attempt: int = 1
     """Which worker in a row has it; results of earlier attempts are refused."""
+    request_id: str = field(default="", compare=False)
+    """Of the request that asked for it, for logs alone."""
+    waited: float | None = field(default=None, compare=False)
+    """Seconds from acceptance until its first worker took it, by the broker's clock; told to that worker alone."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for a message."""
@@ -162,6 +167,18 @@ class ModelInfo:
     """How its solvers converge, in short: gain, floor, tolerance; None for a model that was not tuned."""
     calibration: bytes | None = None
     """The bundle's own calibration, as its file; None for a bundle without one."""
+    codec: CodecConfig | None = None
+    """What makes latents of images for a model of latents; None for a model of pixels."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels, which is that of what the flow models only without a codec."""
+        return self.flow.image_size * (1 if self.codec is None else self.codec.factor)
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of the images: 1 (grey) or 3 (RGB)."""
+        return self.flow.channels if self.codec is None else self.codec.in_channels
 
     @classmethod
     def of(cls, bundle: Bundle) -> ModelInfo:
@@ -179,6 +196,7 @@ class ModelInfo:
             created=bundle.created,
             training=config.training,
             calibration=bundle.calibration,
+            codec=config.codec,
             convergence=None
             if profile is None
             else {"gain": profile.gain, "floor": profile.floor, "tolerance": profile.tolerance},
@@ -188,7 +206,8 @@ class ModelInfo:
         """Plain data for a message."""
         nested = {"flow": self.flow.to_dict(), "noise": self.noise.to_dict(), "sampling": self.sampling.to_dict()}
         classes = {"class_names": list(self.class_names), "class_prior": list(self.class_prior)}
-        return {**asdict(self), **nested, **classes, "training": dict(self.training)}
+        codec = None if self.codec is None else self.codec.to_dict()
+        return {**asdict(self), **nested, **classes, "training": dict(self.training), "codec": codec}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> ModelInfo:
@@ -199,7 +218,8 @@ class ModelInfo:
             "sampling": SamplingDefaults.from_dict(data["sampling"]),
         }
         classes = {name: tuple(data[name]) for name in ("class_names", "class_prior")}
-        return cls(**{**data, **nested, **classes})
+        codec = None if data.get("codec") is None else CodecConfig.from_dict(data["codec"])
+        return cls(**{**data, **nested, **classes, "codec": codec})
 
 
 @dataclass(frozen=True, kw_only=True)

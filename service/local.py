@@ -174,7 +174,7 @@ def _fitted(paths: Sequence[Path], model: ModelInfo) -> Inputs:
     fitted = []
     for path in paths:
         try:
-            fitted.append(fit_image(load_image(path.read_bytes()), model.flow.image_size, model.flow.channels))
+            fitted.append(fit_image(load_image(path.read_bytes()), model.image_size, model.image_channels))
         except (ImageError, OSError) as error:
             raise ValueError(f"{path}: {error}") from error
     return Inputs(

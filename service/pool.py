@@ -162,6 +162,7 @@ class Pool:
             *("--grace-seconds", str(self._grace_seconds)),
             *("--metrics-port", str(self._metrics_port and self._metrics_port + index)),
             *("--log-level", settings.log_level),
+            *("--log-format", settings.log_format),
             "--supervised",
         ]
 
@@ -183,7 +184,7 @@ class Pool:
             try:
                 process = await self._start(index, worker_id, device)
             except OSError as error:  # the host is short of memory or processes, for now
-                log.error("%s could not be started: %s", worker_id, error)
+                log.error("%s could not be started: %s", worker_id, error, extra={"worker": worker_id})
                 await asyncio.sleep(LONGEST_DELAY)
                 continue
             self._processes[index] = process
@@ -199,7 +200,8 @@ class Pool:
             # One that could not start has just loaded for long.
             if loop.time() - started > STABLE_SECONDS and status != EXIT_UNUSABLE:
                 delay = FIRST_DELAY
-            log.error("%s on %s %s; a new one starts in %.1f s", worker_id, device, reason_of(status), delay)
+            message, about = "%s on %s %s; a new one starts in %.1f s", {"worker": worker_id, "device": device}
+            log.error(message, worker_id, device, reason_of(status), delay, extra=about)
             await asyncio.gather(asyncio.sleep(delay), asyncio.to_thread(self._buried, worker_id))
             longest = LONGEST_UNUSABLE_DELAY if status == EXIT_UNUSABLE else LONGEST_DELAY
             delay = min(longest, 2 * delay)

@@ -15,8 +15,10 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import disable_created_metrics
 
 from model.bundle import find_bundles
+from service import logs
 from service.access.binding import check_binding
 from service.access.rates import Rates
 from service.allocator import give_back_large_blocks
@@ -102,19 +104,18 @@ class _Beside(_Bounded):
             log.info("metrics on port %d", listener.getsockname()[1])
 
 
-def _log_to_stderr(settings: Settings) -> None:
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-
 def _run(settings: Settings, app: FastAPI, drain: Drain, hopeless: Callable[[], bool] = lambda: False) -> None:
     """Answer until SIGINT or SIGTERM, or until there is no hope."""
     give_back_large_blocks()
+    # When a counter was first counted is nobody's question, and would be a series for each.
+    disable_created_metrics()
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        log_level=settings.log_level,
-        access_log=settings.log_level == "debug",
+        # Its lines are rendered as all others are, and requests are told of by service.api.observing.
+        log_config=None,
+        access_log=False,
         server_header=False,
         http=BoundedHttp,
         # Work has ended by then; this is for answers that are still being written.
@@ -168,7 +169,7 @@ def build(settings: ServeSettings, path: Path) -> tuple[FastAPI, Drain, Pool]:
 def serve(settings: ServeSettings) -> None:
     """Run until SIGINT or SIGTERM; raises ``BundleError`` or ``ValueError`` for what cannot be served."""
     check_binding(settings)
-    _log_to_stderr(settings)
+    logs.configure(settings.log_level, settings.log_format)
     with tempfile.TemporaryDirectory(prefix="tarflow-") as directory:
         app, drain, pool = build(settings, Path(directory) / "broker.sock")
         with claimed(settings.state):
@@ -189,7 +190,6 @@ async def _metrics_beside(app: FastAPI, settings: ApiSettings) -> AsyncIterator[
     operations = FastAPI(openapi_url=None)
     operations.state = app.state
     guard(operations, OPERATIONS, settings)
-    # Its log is the first one's, which is set up already.
     config = uvicorn.Config(
         operations,
         host=settings.host,
@@ -215,7 +215,7 @@ def api(settings: ApiSettings) -> None:
     from service.stores.redis import Connection, state_in
 
     check_binding(settings)
-    _log_to_stderr(settings)
+    logs.configure(settings.log_level, settings.log_format)
     broker = RedisBroker(settings.redis, settings.limits, prefix=settings.redis_prefix, models_seconds=MODELS_SECONDS)
     connection, drain = Connection(settings.redis, settings.redis_prefix), Drain()
     rates = Rates.in_redis(settings.redis, settings.redis_prefix)

@@ -52,6 +52,9 @@ class SharedSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json, an object a line, or text; auto writes text to a terminal and JSON to all else."
+    )
 
 
 class Settings(SharedSettings):
@@ -115,6 +118,7 @@ class Settings(SharedSettings):
         description="Without keys, answer /v1/admin too, where whoever reaches the port can load and unload models; "
         "with keys it is always there, for those of scope admin.",
     )
+    page: bool = Field(True, description="Show browsers a page at /; it is open to anyone, and holds no secret.")
     drain_seconds: int = Field(30, ge=0, description="Seconds that running requests get to finish on shutdown.")
 
     @field_validator("cors")

@@ -11,6 +11,7 @@ import socket
 from dataclasses import asdict
 
 from model.bundle import find_bundles
+from service import logs
 from service.broker.base import Limits
 from service.jobs import REDIS_VARIABLE
 from service.pool import Pool
@@ -75,7 +76,7 @@ async def _supervise(pool: Pool) -> None:
 
 def supervise(settings: WorkerSettings) -> None:
     """Run until SIGINT or SIGTERM; raises ``BundleError`` or ``ValueError`` for what cannot be served."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_level, settings.log_format)
     names = [bundle.name for bundle in find_bundles(settings.models)]
     log.info("workers for %s from %s", ", ".join(names), settings.models)
     pool = make_pool(settings)

@@ -1,7 +1,7 @@
-"""The README stays true: its commands are executed, in its order, as a newcomer would.
+"""The README and the guides that go on from it stay true: their commands are executed, in order, as a newcomer would.
 
-`make test` is what runs this, and needs no second run; `docker compose` needs an engine, so what it would
-read is checked in its place.
+`make test` is what runs this, and needs no second run; `docker compose` needs an engine, so tests/docker/ checks what
+it would read, and runs the images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 
 from model.images import load_image
 
@@ -27,9 +26,9 @@ LONG_RUNNING = re.compile(r"^(make serve|\S*tarflow serve\b)")
 READY_SECONDS = 120
 
 
-def commands() -> list[str]:
-    """Every command of the README's sh blocks, with continued lines joined and comments cut off."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def commands(page: str) -> list[str]:
+    """Every command of a page's sh blocks, with continued lines joined and comments cut off."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines if line.strip()]
 
@@ -90,67 +89,72 @@ def background(command: str, directory: Path, log: Path) -> Iterator[None]:
             process.wait(timeout=60)
 
 
-@pytest.fixture(scope="module")
-def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def anchors(page: Path) -> set[str]:
+    """What links can lead to within a page: its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def clone(directory: Path) -> Path:
     """A directory that looks like the clone, so that what the commands write stays out of the real one."""
-    directory = tmp_path_factory.mktemp("clone")
+    directory.mkdir()
     for entry in ROOT.iterdir():
         if entry.name not in ("runs", "models"):
             (directory / entry.name).symlink_to(entry)
     return directory
 
 
-def test_the_commands_do_what_the_readme_says(newcomer: Path, tmp_path: Path) -> None:
-    everything = commands()
-    assert everything[:2] == ["make serve", "make test"]
-    to_run = [c for c in everything if c != "make test" and not c.startswith("docker ")]
-    assert len(to_run) >= 12
-    # In the real clone: it must not install anything into a directory that will be gone.
-    with running("make serve", ROOT, tmp_path / "make-serve.log"), ExitStack() as until_the_end:
-        for number, command in enumerate(to_run[1:]):
+def execute(page: str, to_run: list[str], directory: Path, logs: Path) -> None:
+    """Run a page's commands in a clone, in their order; each must succeed."""
+    with ExitStack() as until_the_end:
+        for number, command in enumerate(to_run):
+            log = logs / f"{Path(page).stem}-{number}.log"
             if command.endswith("&"):
-                until_the_end.enter_context(background(command, newcomer, tmp_path / f"background-{number}.log"))
-                continue
-            if LONG_RUNNING.match(command):
-                with running(command, newcomer, tmp_path / f"serve-{number}.log") as client:
-                    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny"]
-                continue
-            # -f makes curl fail on an HTTP error.
-            done = subprocess.run(
-                command.replace("curl -s ", "curl -sSf "), shell=True, cwd=newcomer, capture_output=True, text=True
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    for name in ("boot.png", "blocks.png", "again.png", "clean.png", "bags.png"):
-        assert load_image((newcomer / name).read_bytes()).image.mode == "L"
-    assert (newcomer / "runs/clothes/bundle/manifest.json").is_file()
+                until_the_end.enter_context(background(command, directory, log))
+            elif LONG_RUNNING.match(command):
+                with running(command, directory, log) as client:
+                    assert client.get("/v1/models").json()["data"]
+            else:
+                # -f makes curl fail on an HTTP error.
+                strict = command.replace("curl -s ", "curl -sSf ")
+                done = subprocess.run(strict, shell=True, cwd=directory, capture_output=True, text=True)
+                assert done.returncode == 0, f"{page}: {command}\n{done.stdout}\n{done.stderr}"
 
 
-def test_links_and_pictures_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text()):
-        assert target.startswith("https://") or (ROOT / target).is_file(), target
+def test_the_commands_do_what_the_pages_say(tmp_path: Path) -> None:
+    first, second, *readme = [c for c in commands("README.md") if not c.startswith("docker ")]
+    assert (first, second) == ("make serve", "make test")
+    assert len(readme) >= 12
+    # What one page has done is there for the next, and is not done again.
+    directory, api = clone(tmp_path / "clone"), [c for c in commands("docs/api.md") if c not in readme]
+    # In the real clone: it must not install anything into a directory that will be gone.
+    with running("make serve", ROOT, tmp_path / "make-serve.log"):
+        execute("README.md", readme, directory, tmp_path)
+        execute("docs/api.md", api, directory, tmp_path)
+    for name in ("boot.png", "bags.png", "blocks.png", "again.png", "clean.png"):
+        assert load_image((directory / name).read_bytes()).image.mode == "L"
+    assert load_image((directory / "where.png").read_bytes()).image.mode == "RGB"
+    assert (directory / "runs/clothes/bundle/manifest.json").is_file()
+
+
+@pytest.mark.long
+def test_the_guide_to_training_does_what_it_says(tmp_path: Path) -> None:
+    directory = clone(tmp_path / "clone")
+    execute("docs/training.md", commands("docs/training.md"), directory, tmp_path)
+    assert load_image((directory / "runs/odd/bags.png").read_bytes()).image.mode == "L"
+    assert (directory / "runs/clothes/bundle/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_and_pictures_exist(page: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", (ROOT / page).read_text()):
+        if target.startswith("https://"):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.is_file(), target
+        if anchor:
+            assert anchor in anchors(path), (target, anchor)
 
 
 def test_numbers_are_filled_in() -> None:
     assert "@@" not in (ROOT / "README.md").read_text()
-
-
-def test_compose_names_files_that_exist() -> None:
-    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    build = compose["services"]["tarflow"]["build"]
-    assert (ROOT / build["context"] / build["dockerfile"]).is_file()
-    [volume] = compose["services"]["prometheus"]["volumes"]
-    scrape = yaml.safe_load((ROOT / volume.split(":")[0]).read_text())
-    assert scrape["scrape_configs"][0]["static_configs"][0]["targets"] == ["tarflow:8000"]
-    # What the service keeps is in a volume that is declared, where the image has a directory for it.
-    service = compose["services"]["tarflow"]
-    [mounted] = service["volumes"]
-    volume, _, path = mounted.partition(":")
-    assert volume in compose["volumes"]
-    assert service["environment"]["TARFLOW_STATE"] == path
-    assert f"TARFLOW_STATE={path}" in (ROOT / build["dockerfile"]).read_text()
-    # The image listens to others, which a service without keys refuses unless it is told that this is meant.
-    assert "TARFLOW_HOST=0.0.0.0" in (ROOT / build["dockerfile"]).read_text()
-    assert service["environment"]["TARFLOW_ANONYMOUS"] == "true"
-    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-    gpu = yaml.safe_load((ROOT / "docker/compose.gpu.yml").read_text())
-    assert set(gpu["services"]) <= set(compose["services"])

@@ -114,6 +114,8 @@ def normal_images(bundle: Bundle, data: Path, options: CalibrateOptions) -> Norm
     Raises :class:`~training.data.DataError` for data that cannot be used or was trained on, and ``ValueError`` for too
     few different images.
     """
+    if bundle.config.codec is not None:
+        raise DataError(f"{bundle.name} models latents of an autoencoder; calibrations are for models of pixels")
     flow, notices = bundle.config.flow, []
     images, source = load_images(data, options.split, flow.image_size, flow.channels), f"{options.split} split"
     trained_on: Images | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.codecs.config import CodecConfig
 from model.config import FlowConfig, SamplingDefaults
 from training.config import TrainConfig
 from training.duration import duration
@@ -56,11 +57,13 @@ def architecture(flow: FlowConfig) -> str:
     return f"{flow.patch_size}-{flow.width}-{flow.num_blocks}-{depth}"
 
 
-def render_card(config: TrainConfig, facts: RunFacts, *, has_samples: bool = False) -> str:
+def render_card(
+    config: TrainConfig, facts: RunFacts, *, has_samples: bool = False, codec: CodecConfig | None = None
+) -> str:
     """The whole card as Markdown, its evaluation section still empty."""
     sections = [
         f"# {config.name}",
-        _summary(config),
+        _summary(config, codec),
         *(["![Samples, a column for each class](samples.png)"] if has_samples else []),
         "## Model",
         _model(config, facts),
@@ -93,8 +96,17 @@ def with_evaluation(card: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content.strip()}\n{END}{after}"
 
 
-def _summary(config: TrainConfig) -> str:
+def _summary(config: TrainConfig, codec: CodecConfig | None) -> str:
     flow = config.flow
+    if codec is not None:
+        kind = "class-conditional" if flow.num_classes else "unconditional"
+        colours, side = "grey" if codec.in_channels == 1 else "colour", flow.image_size * codec.factor
+        return (
+            f"A {kind} TarFlow (arXiv 2412.06329) of the latents of {side}x{side} {colours} images, "
+            f"{flow.image_size}x{flow.image_size} with {flow.channels} channels, "
+            "which the bundle's autoencoder makes (arXiv 2506.06276). Its likelihoods are exact for these latents, and "
+            "they are no likelihoods of pixels."
+        )
     kind = "class-conditional" if flow.num_classes else "unconditional"
     colours = "grey" if flow.channels == 1 else "colour"
     return (
@@ -109,14 +121,29 @@ def _model(config: TrainConfig, facts: RunFacts) -> str:
         f"- Architecture: {architecture(flow)} (patch size, width, blocks, layers per block), "
         f"{facts.num_parameters:,} parameters" + (", volume preserving" if flow.volume_preserving else ""),
     ]
+    lines += _options(flow)
     if config.class_names:
         lines.append(f"- Classes: {', '.join(config.class_names)}")
-    protocol = f"Gaussian, σ = {noise.std:g} on the [-1, 1] pixel scale" if noise.kind == "gaussian" else "uniform"
+    scale = "on the [-1, 1] pixel scale" if noise.space == "pixels" else "on the scale of the latents"
+    protocol = f"Gaussian, σ = {noise.std:g} {scale}" if noise.kind == "gaussian" else "uniform"
     lines += [
-        f"- Noise added to images in training: {protocol}",
+        f"- Noise added to {'images' if noise.space == 'pixels' else 'latents'} in training: {protocol}",
         _recommendation(sampling),
     ]
     return "\n".join(lines)
+
+
+def _options(flow: FlowConfig) -> list[str]:
+    """What differs from TarFlow's blocks, as a line, if anything does."""
+    found = []
+    if flow.num_classes and flow.conditioned_blocks is not None:
+        seen = ", ".join(map(str, flow.conditioned_blocks))
+        found.append(f"the class enters block {seen} of 0 to {flow.num_blocks - 1} alone, the last next to the noise")
+    if flow.scale_function != "exp":
+        found.append(f"the scale is a {flow.scale_function}")
+    if flow.soft_clip:
+        found.append(f"scales and shifts are bound by {flow.soft_clip:g}")
+    return [f"- STARFlow's options (arXiv 2506.06276): {'; '.join(found)}"] if found else []
 
 
 def _recommendation(sampling: SamplingDefaults) -> str:

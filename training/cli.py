@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from model.bundle import open_bundle
+from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.commands import Device, clear_errors, progress_bar, show_progress
 from training.config import load_preset, preset_names, with_settings
@@ -51,6 +52,10 @@ def train(
     preset: Annotated[str, typer.Argument(help="Name of a preset (see --list) or path of a preset file.")],
     data: Annotated[Path, typer.Option(help="Directory with IDX files, or with a folder of images per class.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; one with a checkpoint is continued.")],
+    codec: Annotated[
+        Path | None,
+        typer.Option(help="For a preset of latents: the directory of an AutoencoderKL that diffusers has saved."),
+    ] = None,
     device: Device = "auto",
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; may change when continuing.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
@@ -99,28 +104,33 @@ def train(
         config = with_settings(load_preset(preset), settings or ()).with_overrides(**overrides)
         from model.device import resolve_device
         from training.classes import resolve_classes
-        from training.data import load_images
+        from training.latents import encode_once, load_training_images, open_codec
         from training.processes import joined, local_device
         from training.run import Origin, Run
 
         torch_device = local_device(resolve_device(device))
+        autoencoder = open_codec(config, codec)
         origin = Origin(
-            command=_command(preset, data, out, overrides, settings or ()),
+            command=_command(preset, data, out, codec, overrides, settings or ()),
             data_name=data.resolve().name,
         )
         with joined(torch_device) as processes:
             say: Callable[[str], None] = typer.echo if processes.is_first else _silent
-            console = Console(quiet=not processes.is_first)
-            in_turn: AbstractContextManager[None] = processes.first_before_others() if cache else nullcontext()
+            # What the first process writes while it prepares the data, the others only read.
+            alone_first = cache is not None or autoencoder is not None
+            in_turn: AbstractContextManager[None] = processes.first_before_others() if alone_first else nullcontext()
             with processes.together(), in_turn:
-                images = load_images(data, "train", config.flow.image_size, config.flow.channels, cache, say)
+                images = load_training_images(data, config, autoencoder, cache, say)
                 config, images = resolve_classes(config, images)
+                if autoencoder is not None:
+                    images = encode_once(images, autoencoder, out, torch_device)
             run = Run(
                 *(config, images, out, torch_device, processes),
                 origin=origin,
-                console=console,
+                console=Console(quiet=not processes.is_first),
                 sample_every=sample_every,
                 checkpoint_seconds=checkpoint_seconds,
+                codec=autoencoder,
             )
             trainer = run.trainer
             start = f"continuing at step {trainer.step}" if trainer.step else "starting"
@@ -141,9 +151,12 @@ def _silent(text: str) -> None:
     del text
 
 
-def _command(preset: str, data: Path, out: Path, overrides: dict[str, Any], settings: Sequence[str]) -> str:
+def _command(
+    preset: str, data: Path, out: Path, codec: Path | None, overrides: dict[str, Any], settings: Sequence[str]
+) -> str:
     """The command that repeats a run, with the last names of its paths."""
     words = ["tarflow", "train", Path(preset).name, "--data", data.resolve().name, "--out", out.resolve().name]
+    words += [] if codec is None else ["--codec", codec.resolve().name]
     for key, value in overrides.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     for setting in settings:
@@ -353,3 +366,4 @@ def tune(
 app.command()(calibrate)
 app.add_typer(data_app, name="data")
 app.command()(anomaly)
+app.command()(ablate)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +32,12 @@ IDX_PREFIX = {"train": "train", "test": "t10k"}
 
 @dataclass(frozen=True)
 class Images:
-    """8-bit images (N, C, H, W) with integer labels (N,) and the classes' names (may be empty)."""
+    """8-bit images (N, C, H, W) with integer labels (N,) and the classes' names (may be empty).
 
-    pixels: NDArray[np.uint8]
+    For a model of latents they have the latents, float32, in place of the pixels (:mod:`training.latents`).
+    """
+
+    pixels: NDArray[Any]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...] = ()
 

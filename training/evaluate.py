@@ -24,7 +24,8 @@ from model.likelihood import bits_per_dim, combine_draws, log_likelihood
 from model.weights import load_flow
 from training.accuracy import Z_95, Accuracy, recognize_images
 from training.classes import match_labels
-from training.data import DataError, Images, epoch_order, load_images
+from training.data import DataError, Images, epoch_order
+from training.latents import load_bundle_images
 from training.noisy import noisy_batches
 from training.provenance import training_split
 from training.soundness import Soundness, sample_soundness
@@ -182,13 +183,13 @@ def evaluate_bundle(
     """
     config = bundle.config
     conditional = bool(config.flow.num_classes) and not options.ignore_classes
-    images = load_images(data, options.split, config.flow.image_size, config.flow.channels).part(None, options.limit)
+    images = load_bundle_images(bundle, data, options.split, device).part(None, options.limit)
     recognizes = bool(config.flow.num_classes) and options.accuracy
     if conditional or recognizes:
         images = match_labels(images, config.class_names, config.name)
     try:
         count = len(images) if options.train_limit is None else options.train_limit
-        trained_on = sample_images(_training_images(bundle, data, options, count), count, options.seed)
+        trained_on = sample_images(_training_images(bundle, data, options, count, device), count, options.seed)
         no_gap_because = ""
     except DataError as error:
         trained_on, no_gap_because = None, str(error)
@@ -242,12 +243,13 @@ def evaluate_bundle(
     )
 
 
-def _training_images(bundle: Bundle, data: Path, options: EvaluationOptions, count: int) -> Images:
+def _training_images(
+    bundle: Bundle, data: Path, options: EvaluationOptions, count: int, device: torch.device
+) -> Images:
     """The images the bundle was trained on; :class:`DataError` when ``data`` does not hold just these."""
     if options.split == "train" or count == 0:
         raise DataError("not asked for")
-    flow = bundle.config.flow
-    return training_split(bundle, load_images(data, "train", flow.image_size, flow.channels)).trained_on
+    return training_split(bundle, load_bundle_images(bundle, data, "train", device)).trained_on
 
 
 def sample_images(images: Images, count: int, seed: int) -> Images:

@@ -13,14 +13,18 @@ def num_parameters(flow: FlowConfig) -> int:
     norms, attention = 2 * 2 * width, 4 * width * (width + 1)
     layer = norms + attention + hidden * (width + 1) + width * (hidden + 1)
     outputs = flow.patch_dim * (1 if flow.volume_preserving else 2)
-    block = width * (flow.patch_dim + 1 + flow.num_patches + flow.num_classes) + outputs * (width + 1)
-    return flow.num_blocks * block + sum(flow.layer_counts) * layer
+    block = width * (flow.patch_dim + 1 + flow.num_patches) + outputs * (width + 1)
+    conditioned = sum(flow.is_conditioned(number) for number in range(flow.num_blocks))
+    classes = conditioned * width * flow.num_classes
+    return flow.num_blocks * block + classes + sum(flow.layer_counts) * layer
 
 
 def preset_lines(config: TrainConfig) -> list[str]:
     """A line with the figures, one about model and data, and one about where the values come from."""
     flow, noise, options = config.flow, config.noise, config.optimization
-    size = f"{flow.image_size}x{flow.image_size} {'grey' if flow.channels == 1 else 'colour'}"
+    colours = {1: "grey", 3: "colour"} if noise.space == "pixels" else {}
+    kind = colours.get(flow.channels, f"latents of {flow.channels} channels")
+    size = f"{flow.image_size}x{flow.image_size} {kind}"
     level = f" {noise.std:g}" if noise.kind == "gaussian" else ""
     classes = f"{flow.num_classes} classes" if flow.num_classes else "no classes"
     if config.data.classes_from_data:

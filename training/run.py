@@ -14,6 +14,8 @@ import yaml
 from rich.console import Console
 
 from model.bundle import Bundle, BundleConfig, BundleError, read_bundle
+from model.codecs.autoencoder_kl import AutoencoderKL
+from model.codecs.base import Latents
 from model.weights import update_bundle, write_bundle
 from training.card import (
     RunFacts,
@@ -69,10 +71,19 @@ class Run:
         console: Console,
         sample_every: int | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        codec: AutoencoderKL | None = None,
     ) -> None:
+        """With a ``codec`` the images have its latents in place of their pixels."""
+        self._codec = codec
         # What a bundle refuses must not surface only after the first hour.
-        BundleConfig(name=config.name, flow=config.flow, noise=config.noise, class_names=config.class_names)
-        self.trainer = Trainer(config, images, out, device, processes)
+        BundleConfig(
+            name=config.name,
+            flow=config.flow,
+            noise=config.noise,
+            class_names=config.class_names,
+            codec=None if codec is None else codec.config,
+        )
+        self.trainer = Trainer(config, images, out, device, processes=processes)
         self._config, self._out, self._origin, self._console = config, out, origin, console
         self._checkpoint_seconds = checkpoint_seconds
         self._samples_png: bytes | None = None
@@ -113,7 +124,12 @@ class Run:
         flow = trainer.averaged_flow()
         try:
             self._samples_png = write_sample_grid(
-                path, flow, config.noise, config.sampling, lambda: trainer.stop_requested
+                path,
+                flow,
+                config.noise,
+                config.sampling,
+                lambda: trainer.stop_requested,
+                codec=None if self._codec is None else Latents(self._codec.to(trainer.device)),
             )
         except Interrupted:
             return False
@@ -150,6 +166,7 @@ class Run:
             noise=config.noise,
             class_names=config.class_names,
             class_prior=class_frequencies(trainer.images, config.flow.num_classes),
+            codec=None if self._codec is None else self._codec.config,
             training={
                 "optimization": config.optimization.to_dict(),
                 "data": {
@@ -164,8 +181,10 @@ class Run:
             },
         )
         earlier = _read_earlier(directory)
-        card = render_card(config, facts, has_samples=self._samples_png is not None)
-        bundle = write_bundle(directory, bundle_config, flow, config.sampling, card, self._samples_png)
+        card = render_card(config, facts, has_samples=self._samples_png is not None, codec=bundle_config.codec)
+        bundle = write_bundle(
+            directory, bundle_config, flow, config.sampling, card, self._samples_png, codec=self._codec
+        )
         if earlier and earlier.model_id == bundle.model_id:
             _carry_over(earlier, bundle)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.codecs.base import Codec, Identity
 from model.config import NoiseProtocol, SamplingDefaults
 from model.denoise import denoise
 from model.flow import Flow
@@ -30,22 +31,31 @@ class Interrupted(Exception):
 
 
 def write_sample_grid(
-    path: Path, flow: Flow, noise: NoiseProtocol, sampling: SamplingDefaults, should_stop: Callable[[], bool]
+    path: Path,
+    flow: Flow,
+    noise: NoiseProtocol,
+    sampling: SamplingDefaults,
+    should_stop: Callable[[], bool],
+    codec: Codec | None = None,
 ) -> bytes:
     """Draw :func:`sample_grid` into a PNG file and return its bytes; raises :class:`Interrupted` as it does."""
-    picture = encode_image(sample_grid(flow, noise, sampling, should_stop), "png")
+    picture = encode_image(sample_grid(flow, noise, sampling, should_stop, codec), "png")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(picture)
     return picture
 
 
 def sample_grid(
-    flow: Flow, noise: NoiseProtocol, sampling: SamplingDefaults, should_stop: Callable[[], bool]
+    flow: Flow,
+    noise: NoiseProtocol,
+    sampling: SamplingDefaults,
+    should_stop: Callable[[], bool],
+    codec: Codec | None = None,
 ) -> NDArray[np.uint8]:
     """Samples with seeds 0, 1, … as one picture (C, H', W') of 8-bit pixels.
 
     A column for each class (the first 16 of them) and two samples in it; 16 samples when there are
-    no classes. Raises :class:`Interrupted` soon after ``should_stop()`` turns true.
+    no classes. ``codec`` makes images of latents. Raises :class:`Interrupted` soon after ``should_stop()`` turns true.
     """
     config = flow.config
     device = flow.prior_variance.device
@@ -60,7 +70,8 @@ def sample_grid(
     x_BTD = _finish(Sampler(flow).decode(rows), should_stop).x_BTD
     if sampling.denoise:
         x_BTD = _finish(denoise(flow, x_BTD, rows.label_B, noise.std), should_stop)
-    pixels = to_pixels(flow.unpatchify(x_BTD), noise.kind).cpu().numpy()
+    images_BCHW = (codec or Identity()).images(flow.unpatchify(x_BTD))
+    pixels = to_pixels(images_BCHW, noise.kind).cpu().numpy()
     return grid(list(pixels), columns)
 
 

@@ -28,7 +28,7 @@ from model.sampling.rows import finish, make_rows
 from model.sampling.sampler import Sampler
 from model.weights import load_flow
 from training.classes import match_labels
-from training.data import Images, epoch_order, load_images
+from training.data import DataError, Images, epoch_order, load_images
 from training.features import Extractor, load_extractor
 from training.frechet import COMPONENTS, Figure, Moments, Reference
 from training.sweep_grid import DEFAULT_GRIDS, Grid, Mode, mode_settings
@@ -257,6 +257,8 @@ def run_sweep(
         f"unconditional for {bundle.name}, a model without classes",
     )
     settings = {mode: mode_settings(bundle.sampling, grid, mode) for mode, grid in options.grids.items()}
+    if bundle.config.codec is not None:
+        raise DataError(f"{bundle.name} models latents of an autoencoder; sweeps are for models of pixels")
     images = load_images(data, options.split, flow_config.image_size, flow_config.channels)
     if flow_config.num_classes:
         images = match_labels(images, bundle.config.class_names, bundle.name)

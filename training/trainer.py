@@ -1,8 +1,8 @@
 """The training loop: from a configuration and images to weights.
 
-A sample's noise, dropped label and flip come from a generator seeded with its number in the run, and a step's images
-from the epoch's order: so the step alone fixes all randomness, whatever the number of processes, and a resumed run is
-bit-equal to an uninterrupted one.
+A step's noise, dropped labels and flips come from a generator seeded with its number, and its images from the epoch's
+order (:mod:`training.batches`): so the step alone fixes all randomness, whatever the number of processes, and a resumed
+run is bit-equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import check
-from model.flow import NO_CLASS, Flow
-from model.likelihood import add_noise, bits_per_dim, prior_terms
+from model.config import FlowConfig, check
+from model.flow import Flow
+from model.likelihood import bits_per_dim, prior_terms
+from training.batches import Batches
 from training.checkpoint import (
     TrainState,
     check_continues,
@@ -30,7 +30,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import TrainConfig
-from training.data import Images, epoch_order
+from training.data import Images
 from training.execution import prepare
 from training.optimizer import WeightAverage, bf16_is_faster, learning_rate
 from training.processes import ALONE, ProcessError, Processes
@@ -69,14 +69,22 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, images: Images, out: Path, device: torch.device, processes: Processes = ALONE
+        self,
+        config: TrainConfig,
+        images: Images,
+        out: Path,
+        device: torch.device,
+        build: Callable[[FlowConfig], Flow] = Flow,
+        *,
+        processes: Processes = ALONE,
     ) -> None:
-        self.config, self.out, self.device, self.processes = config, out, device, processes
+        """``build`` makes the flow of a configuration: a baseline is trained by the same loop."""
+        self.config, self.out, self.device, self._build, self.processes = config, out, device, build, processes
         with processes.together():
-            self._prepare(images)
-        self._build()
+            self._check(images)
+        self._start()
 
-    def _prepare(self, images: Images) -> None:
+    def _check(self, images: Images) -> None:
         """Refuse what cannot be trained; nothing is written yet."""
         config, processes = self.config, self.processes
         if config.data.holdout >= len(images):
@@ -98,17 +106,18 @@ class Trainer:
             f"{config.execution.accumulation})",
         )
         self.data_sha256 = data_fingerprint(self.images)
-        self.steps_per_epoch = len(self.images) // options.batch_size
+        self.batches = Batches(self.images, config, self.device, processes)
+        self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = max(1, round(options.epochs * self.steps_per_epoch))
 
-    def _build(self) -> None:
+    def _start(self) -> None:
         """Weights, optimizer and average: new, or from the checkpoint of the first process."""
         config, options, processes = self.config, self.config.optimization, self.processes
         hashes = processes.gather(self.data_sha256)
         if len(set(hashes)) > 1:
             raise ProcessError("data: the processes have different training images, allowed is the same for all")
         torch.manual_seed(config.seed)
-        self.flow = Flow(config.flow).to(self.device)
+        self.flow = self._build(config.flow).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.flow.parameters(),
             lr=options.learning_rate,
@@ -120,7 +129,6 @@ class Trainer:
         self.step = self.images_seen = self.skipped_steps = 0
         self.seconds = 0.0
         self.stop_requested = False
-        self._order_of_epoch: tuple[int, np.ndarray] | None = None
         self._skipped_in_a_row = 0
         state = None
         with processes.together():
@@ -168,65 +176,37 @@ class Trainer:
 
     def averaged_flow(self) -> Flow:
         """A copy of the flow with the averaged weights: what is evaluated and served."""
-        flow = Flow(self.config.flow).to(self.device)
+        flow = self._build(self.config.flow).to(self.device)
         flow.load_state_dict(self.average.tensors)
         return flow.eval().requires_grad_(False)
 
-    def _batch(self, part: int) -> tuple[Tensor, Tensor | None]:
-        """Noisy patches and labels of this process's ``part`` of the present step, a function of (seed, step, rows)."""
-        options, size = self.config.optimization, self.config.optimization.batch_size
-        parts = self.config.execution.accumulation
-        count = size // (self.processes.size * parts)
-        first = (self.processes.rank * parts + part) * count
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
-            self._order_of_epoch = (epoch, epoch_order(len(self.images), self.config.seed, epoch))
-        start = position * size + first
-        chosen = self._order_of_epoch[1][start : start + count]
-        pixels = torch.from_numpy(self.images.pixels[chosen]).to(self.device)
-        draw, chance_B2 = self._random(self.step * size + first, pixels.shape)
-        if self.config.data.flip:
-            pixels = torch.where(chance_B2[:, 0].view(-1, 1, 1, 1) < 0.5, pixels.flip(3), pixels)
-        x_BTD = self.flow.patchify(add_noise(pixels, self.config.noise, draw))
-        if not self.config.flow.num_classes:
-            return x_BTD, None
-        labels = torch.from_numpy(self.images.labels[chosen]).to(self.device)
-        return x_BTD, torch.where(chance_B2[:, 1] < options.label_drop, NO_CLASS, labels)
-
-    def _random(self, first: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Noise of a part's ``shape`` and two numbers in [0, 1) a row: those of the run's samples from ``first`` on."""
-        draw, chance_B2 = torch.empty(shape, device=self.device), torch.empty(shape[0], 2, device=self.device)
-        generator, is_gaussian = torch.Generator(self.device), self.config.noise.kind == "gaussian"
-        for row in range(shape[0]):
-            generator.manual_seed(self.config.seed * 1_000_003 + first + row)
-            chance_B2[row].uniform_(generator=generator)
-            if is_gaussian:
-                draw[row].normal_(generator=generator)
-            else:
-                draw[row].uniform_(generator=generator)
-        return draw, chance_B2
+    def _loss(self, image_BCHW: Tensor, y_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of noisy images, their mean log-likelihood in nats, and the mean square (T, D) of z."""
+        num_dims = self.config.flow.num_dims
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            z_BTD, logdet_B = self._model(self.flow.patchify(image_BCHW), y_B)
+        # Paper, equation 6: the negative log-likelihood per dimension without the prior's constant.
+        loss = 0.5 * z_BTD.square().mean() - logdet_B.mean() / num_dims
+        with torch.no_grad():
+            nats_B = prior_terms(z_BTD, self.flow.prior_variance).sum(dim=(1, 2)) + logdet_B
+            return loss, nats_B.mean(), z_BTD.square().mean(dim=0)
 
     def _gradient(self) -> tuple[float, float, Tensor]:
         """The gradient of a whole batch, left in the parameters; returns loss, bits/dim, and the mean square of z."""
-        parts, num_dims = self.config.execution.accumulation, self.config.flow.num_dims
         figures = torch.zeros(2, device=self.device)
         square_TD = torch.zeros_like(self.flow.prior_variance)
         self.optimizer.zero_grad(set_to_none=True)
-        for part in range(parts):
-            x_BTD, y_B = self._batch(part)
+        parts = self.batches.parts(self.step)
+        for number, (image_BCHW, y_B) in enumerate(parts):
             # Gradients travel once, with the last part.
-            with self._model.no_sync() if part < parts - 1 and self.processes.size > 1 else nullcontext():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    z_BTD, logdet_B = self._model(x_BTD, y_B)
-                # Paper, equation 6: the negative log-likelihood per dimension without the prior's constant.
-                loss = 0.5 * z_BTD.square().mean() - logdet_B.mean() / num_dims
-                (loss / parts).backward()
-            with torch.no_grad():
-                nats = prior_terms(z_BTD, self.flow.prior_variance).sum(dim=(1, 2)) + logdet_B
-                figures += torch.stack([loss.detach(), nats.mean()]) / parts
-                square_TD += z_BTD.square().mean(dim=0) / parts
+            with self._model.no_sync() if number < len(parts) - 1 and self.processes.size > 1 else nullcontext():
+                loss, nats, part_TD = self._loss(image_BCHW, y_B)
+                (loss / len(parts)).backward()
+            figures += torch.stack([loss.detach(), nats]) / len(parts)
+            square_TD += part_TD / len(parts)
         loss_mean, nats_mean = self.processes.mean(figures).tolist()
-        return loss_mean, float(bits_per_dim(nats_mean, num_dims, self.config.noise)), square_TD
+        bits = float(bits_per_dim(nats_mean, self.config.flow.num_dims, self.config.noise))
+        return loss_mean, bits, square_TD
 
     def _train_step(self) -> tuple[float, float, float, float]:
         """One optimizer step; returns loss, bits/dim, gradient norm and learning rate."""

@@ -21,7 +21,8 @@ from model.sampling.rows import make_rows
 from model.sampling.sampler import Sampler
 from model.weights import load_flow
 from training.classes import match_labels
-from training.data import Images, load_images
+from training.data import Images
+from training.latents import load_bundle_images
 
 BATCHES = (1, 16, 64)
 """Batch sizes for which the plan on this device is shown."""
@@ -64,7 +65,7 @@ def tune(bundle: Bundle, data: Path, options: TuneOptions, device: torch.device,
     for classes that do not fit or a model whose samples are not finite.
     """
     config, flow_config = bundle.config, bundle.config.flow
-    images = load_images(data, options.split, flow_config.image_size, flow_config.channels)
+    images = load_bundle_images(bundle, data, options.split, device)
     if flow_config.num_classes:
         images = match_labels(images, config.class_names, config.name)
     # Spread over the data, since folders of images come class by class.
@@ -94,10 +95,12 @@ def tune(bundle: Bundle, data: Path, options: TuneOptions, device: torch.device,
             profile: ConvergenceProfile = stop.value
             break
     show("pass costs on this device")
-    guided = len(rows.guided(0)) > 0
+    guided = [len(rows.guided(number, block)) > 0 for number, block in enumerate(reversed(flow.blocks))]
     costs = measure_costs(Sampler(flow).kernel, 2 * max(BATCHES))
     plans = {
-        batch: choose("auto", options.tolerance, flow_config, profile, costs, batch, batch * (1 + guided))
+        batch: choose(
+            "auto", options.tolerance, flow_config, profile, costs, batch, [batch * (1 + twice) for twice in guided]
+        )
         for batch in BATCHES
     }
     return Tuning(profile=profile, costs=costs, plans=plans)

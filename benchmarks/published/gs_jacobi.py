@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.published.guidance import Affine, Guidance, combine
 from benchmarks.published.loop import invert
-from model.flow import Block, Flow, Layer, at_least_float32
+from model.flow import Block, Flow, Layer, affine_parameters
 
 PUBLISHED_TOLERANCE = 1e-6
 """The default of the authors' program; with it their limits on the iterations are what ends a segment."""
@@ -85,10 +85,7 @@ class _Pass:
         self.current = []
         for index, layer in enumerate(self.block.layers):
             x_BNW = self._layer(layer, x_BNW, self.prefix[index] if self.prefix else None, mask)
-        out_BND = at_least_float32(self.block.proj_out(x_BNW))
-        if self.block.volume_preserving:
-            return torch.zeros_like(out_BND), out_BND
-        alpha, mu = out_BND.chunk(2, dim=-1)
+        alpha, mu = affine_parameters(self.block.proj_out(x_BNW), self.block.config).unbind(-2)
         return alpha, mu
 
     def keep(self) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.published.guidance import Guidance, combine
-from model.flow import Block, Flow, Layer, at_least_float32
+from model.flow import Block, Flow, Layer, affine_parameters
 
 Cache = list[tuple[list[Tensor], list[Tensor]]]
 """Per layer the keys and the values seen so far, one tensor a patch."""
@@ -47,10 +47,7 @@ def _block_step(
             x_B1W = x_B1W + torch.where((y_B < 0).unsqueeze(1), mean_1W, given_BW).unsqueeze(1)
     for layer, (keys, values) in zip(block.layers, cache, strict=True):
         x_B1W = _layer_step(layer, x_B1W, keys, values, temperature)
-    out_BD = at_least_float32(block.proj_out(x_B1W)).squeeze(1)
-    if block.volume_preserving:
-        return torch.zeros_like(out_BD), out_BD
-    alpha, mu = out_BD.chunk(2, dim=-1)
+    alpha, mu = affine_parameters(block.proj_out(x_B1W).squeeze(1), block.config).unbind(-2)
     return alpha, mu
 
 

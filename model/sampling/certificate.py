@@ -33,7 +33,7 @@ def backward_error(
     for index in torch.arange(len(rows), device=x_BTD.device).split(rows_per_pass):
         some, x = rows.select(index), x_BTD[index]
         for place, block in enumerate(flow.blocks):
-            guidance = Guidance(some, len(flow.blocks) - 1 - place, x.shape[1])
+            guidance = Guidance(some, len(flow.blocks) - 1 - place, block)
             x_TBD = block.in_block_order(x).transpose(0, 1)
             temperature = guidance.inverse_temperature_R
             alpha_RTD, mu_RTD = block.affine(

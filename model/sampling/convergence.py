@@ -144,7 +144,7 @@ def _active_shares(
 ) -> tuple[float, ...]:
     """Share of the rows that take part in pass 1, 2, … of a segment, averaged over the segments of a block."""
     z_TBD = kernel.block.in_block_order(z_BTD).transpose(0, 1).contiguous()
-    guidance = Guidance(rows, number, len(z_TBD))
+    guidance = Guidance(rows, number, kernel.block)
     memory = Memory.allocate(config, guidance.num_passes, kernel.dtype, z_TBD.device)
     solver = BlockSolver(
         kernel,

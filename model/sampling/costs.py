@@ -104,7 +104,7 @@ def _repeated_seconds(kernel: BlockKernel, config: FlowConfig, rows: int, graphs
     latent_BTD = torch.zeros(rows, config.num_patches, config.patch_dim, device=device)
     batch = make_rows(latent_BTD, [None] * rows, [SamplingDefaults()] * rows)
     best = float("inf")
-    with graphs.lend(kernel, batch, Guidance(batch, 0, config.num_patches), latent_BTD.transpose(0, 1)) as steps:
+    with graphs.lend(kernel, batch, Guidance(batch, 0, kernel.block), latent_BTD.transpose(0, 1)) as steps:
         if steps is None:
             return best
         for position in range(min(middle + REPEATS, config.num_patches - 1)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.flow import NO_CLASS, at_least_float32
+from model.flow import NO_CLASS, Block, at_least_float32
 from model.guidance import guide_closed_form, guide_linear, patch_weights
 from model.sampling.rows import Rows
 
@@ -17,9 +17,10 @@ from model.sampling.rows import Rows
 class Guidance:
     """What one block's guidance needs of the rows: who is guided, labels and temperatures of all passes, weights."""
 
-    def __init__(self, rows: Rows, block: int, num_patches: int) -> None:
+    def __init__(self, rows: Rows, number: int, block: Block) -> None:
+        """For ``block``, the ``number``-th of sampling."""
         self.num_rows = len(rows)
-        self.guided = rows.guided(block)
+        self.guided = rows.guided(number, block)
         self.all_guided = len(self.guided) == self.num_rows
         labels = rows.label_B
         self.inverse_temperature_R: Tensor | None = None
@@ -29,7 +30,9 @@ class Guidance:
             if bool((temperature != 1).any()):
                 self.inverse_temperature_R = 1 / temperature
         self.label_R = labels
-        weight_BT = patch_weights(at_least_float32(rows.scale_B), rows.schedule_B, num_patches)[self.guided]
+        weight_BT = patch_weights(at_least_float32(rows.scale_B), rows.schedule_B, block.config.num_patches)[
+            self.guided
+        ]
         # (T, G, 2, 1): the weights of α and of μ, as the output layer has them side by side.
         self._weight = (weight_BT.t().unsqueeze(2) * rows.target_B2[self.guided]).unsqueeze(3)
         self._closed_form_G11 = rows.closed_form_B[self.guided].view(-1, 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from model.config import FlowConfig
-from model.flow import Block, Flow, at_least_float32
+from model.flow import Block, Flow, affine_parameters
 
 SMALL = 2**14
 """Values up to which starting a kernel costs more than what it computes."""
@@ -58,6 +58,12 @@ class Memory:
     def qkv(self) -> list[Tensor]:
         """For each layer (T, R, 3W); made when first used, since captured steps have a memory of their own."""
         return self._make_qkv()
+
+    def first_layers(self, count: int) -> Memory:
+        """The memory of the first ``count`` layers alone, itself and no copy: what a block of that depth uses."""
+        part = Memory(self._config, self.num_rows, self.dtype, lambda: self.qkv[:count])
+        part._steps = self._steps
+        return part
 
     def select(self, index: Tensor, num_patches: int) -> Memory:
         """A copy that holds the first ``num_patches`` patches of the rows at ``index``."""
@@ -151,10 +157,7 @@ class BlockKernel:
             h.add_(torch.addmm(bias, y.permute(2, 0, 1, 3).reshape(N * R, -1), out))
             y = torch.layer_norm(h, shape, mlp_norm, mlp_norm_bias, self.eps)
             h.add_(torch.addmm(down_bias, _gelu(torch.addmm(up_bias, y, up)), down))
-        out = at_least_float32(torch.addmm(self.out_bias, h, self.proj_out)).view(N, R, -1)
-        if self.block.volume_preserving:
-            return torch.stack([torch.zeros_like(out), out], dim=2)
-        return out.unflatten(2, (2, -1))
+        return affine_parameters(torch.addmm(self.out_bias, h, self.proj_out).view(N, R, -1), self.block.config)
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -279,10 +279,11 @@ def choose(
     profile: ConvergenceProfile | None,
     costs: CostProfile | None,
     num_rows: int,
-    network_rows: int,
+    network_rows: Sequence[int],
 ) -> Plan:
     """The plan for a batch: the fastest by expectation, or what ``solver`` forces.
 
+    ``network_rows`` is for each block in the order of sampling, since not every one need be guided.
     Without a profile, without costs, or for a tolerance near the floor of float32, ``auto`` is sequential.
     """
     if solver == "jacobi":
@@ -292,14 +293,16 @@ def choose(
         return sequential
     blocks, saved = [], 0.0
     depths = [depth / max(flow.layer_counts) for depth in reversed(flow.layer_counts)]
-    for convergence, depth in zip(profile.blocks, depths, strict=True):
+    for convergence, depth, passes in zip(profile.blocks, depths, network_rows, strict=True):
         seconds = {
-            segment: expected_seconds(convergence, segment, costs, flow, num_rows, network_rows)
+            segment: expected_seconds(convergence, segment, costs, flow, num_rows, passes)
             for segment in [1, *map(int, convergence.active)]
         }
         best = min(seconds, key=lambda segment: seconds[segment])
         saved += depth * (seconds[1] - seconds[best])
         blocks.append(BlockPlan(segment=best, guess=convergence.guess))
     # Iterated images need a certificate, a parallel pass through every block.
-    certificate = sum(depths) * costs.seconds(network_rows, flow.num_patches)
+    certificate = sum(
+        depth * costs.seconds(passes, flow.num_patches) for depth, passes in zip(depths, network_rows, strict=True)
+    )
     return Plan(blocks=tuple(blocks), gain=profile.gain, floor=profile.floor) if saved > certificate else sequential

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.config import SCHEDULES, SamplingDefaults, SolverOptions
-from model.flow import NO_CLASS
+from model.flow import NO_CLASS, Block
 
 if TYPE_CHECKING:
     from model.sampling.batch import Boundary
@@ -73,11 +73,13 @@ class Rows:
         """All rows of all parts, one after another."""
         return Rows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
-    def guided(self, block: int) -> Tensor:
-        """Indices of rows that need a second pass in the ``block``-th block of sampling: a weight, and a pass that
-        differs."""
-        differs = (self.label_B != NO_CLASS) | (self.temperature_B != 1)
-        inside = (self.window_B2[:, 0] <= block) & (block < self.window_B2[:, 1])
+    def guided(self, number: int, block: Block) -> Tensor:
+        """Indices of rows that need a second pass in ``block``, the ``number``-th of sampling: a weight, and a pass
+        that differs. Where the class does not enter it differs by temperature alone."""
+        differs = self.temperature_B != 1
+        if block.conditioned:
+            differs = differs | (self.label_B != NO_CLASS)
+        inside = (self.window_B2[:, 0] <= number) & (number < self.window_B2[:, 1])
         return ((self.scale_B != 0) & differs & inside).nonzero().squeeze(-1)
 
 

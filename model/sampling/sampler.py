@@ -77,7 +77,8 @@ Sampling = Generator[Progress, Message, Decoded]
 class _Meter:
     """How much of a sampler's work is done: a draft counts as much as the blocks, a certificate as one block."""
 
-    num_blocks: int
+    depths: tuple[int, ...]
+    """Layers of the blocks in the order of sampling: a deep block is more work than a shallow one."""
     stages: int
     """How often the rows go through all blocks: twice when a draft is polished."""
     always: bool
@@ -89,6 +90,16 @@ class _Meter:
     """Blocks of work before the current stage."""
     blocks: int = 0
     """Blocks of the current stage that are finished."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the flow."""
+        return len(self.depths)
+
+    def work(self, number: int, share: float = 0.0) -> float:
+        """Work of the blocks before the ``number``-th and of a share of it, in blocks of average depth."""
+        layers = sum(self.depths[:number]) + (share * self.depths[number] if share else 0)
+        return layers * self.num_blocks / sum(self.depths)
 
     @property
     def parts(self) -> int:
@@ -131,7 +142,7 @@ class Sampler:
 
     def plan(self, rows: Rows, options: SolverOptions) -> Plan:
         """How these rows will be solved."""
-        network_rows = len(rows) + max(len(rows.guided(n)) for n in range(len(self.flow.blocks)))
+        network_rows = [len(rows) + len(rows.guided(n, kernel.block)) for n, kernel in enumerate(self.kernel.blocks)]
         return choose(
             options.solver, options.tolerance, self.flow.config, self.profile, self.costs, len(rows), network_rows
         )
@@ -156,7 +167,8 @@ class Sampler:
         polishes = drafts and options.certify is not False
         num_blocks = len(self.flow.blocks)
         batch = Batch.start(self.flow, rows, plan or self.plan(rows, options))
-        meter = _Meter(num_blocks, 1 + polishes, drafts or bool(options.certify), batch.iterates)
+        depths = self.flow.config.layer_counts[::-1]
+        meter = _Meter(depths, 1 + polishes, drafts or bool(options.certify), batch.iterates)
         kind = Kind(options.solver, options.precision, options.certify, trajectory) if boundaries else None
         if drafts:
             meter.stage = "draft"
@@ -198,7 +210,7 @@ class Sampler:
                     return
             how = batch.plan.blocks[number]
             batch.iterated |= how.segment != 1
-            rows_per_group = self._group_rows(batch.rows, number, how)
+            rows_per_group = self._group_rows(batch.rows, number, kernel, how)
             block = self._grouped(kernel, batch, number, how, rows_per_group)
             threads = self._threads(2 * rows_per_group, how.segment)
             send = _send_on_gpu if batch.x_BTD.device.type == "cuda" else _send
@@ -209,7 +221,7 @@ class Sampler:
                 except StopIteration as stop:
                     x_TBD: Tensor = stop.value
                     break
-                keep = _indices((yield meter.progress(number + share, batch.x_BTD)))
+                keep = _indices((yield meter.progress(meter.work(number, share), batch.x_BTD)))
                 if keep is not None:
                     batch.keep(keep)
                     if not len(keep):
@@ -223,7 +235,7 @@ class Sampler:
     @staticmethod
     def _stand(batch: Batch, meter: _Meter, boundary: Boundary) -> Generator[Progress, Message, None]:
         """Between two blocks: rows may leave as always, and others join."""
-        message = yield meter.progress(boundary.block, batch.x_BTD, boundary)
+        message = yield meter.progress(meter.work(boundary.block), batch.x_BTD, boundary)
         if isinstance(message, Join):
             if not boundary.meets(message.other):
                 raise ValueError(f"rows at {message.other.stage} {message.other.block} cannot join here")
@@ -250,7 +262,7 @@ class Sampler:
             elif how.guess == "zeros":
                 guess_BTD = torch.zeros_like(x_BTD)
             turned = kernel.block.in_block_order
-            passes = len(rows) + len(rows.guided(number))
+            passes = len(rows) + len(rows.guided(number, kernel.block))
             if batch.memory is None or (batch.memory.num_rows, batch.memory.dtype) != (passes, kernel.dtype):
                 batch.memory = Memory.allocate(config, passes, kernel.dtype, x_BTD.device)
             return BlockSolver(
@@ -268,14 +280,16 @@ class Sampler:
         x_TBD = torch.empty_like(batch.x_BTD.transpose(0, 1))
         return GroupedBlock(batch.rows, x_TBD, rows_per_group, make_solver)
 
-    def _group_rows(self, rows: Rows, number: int, how: BlockPlan) -> int:
+    def _group_rows(self, rows: Rows, number: int, kernel: BlockKernel, how: BlockPlan) -> int:
         """Rows that go through a block together: all when decoding, else as many as keep a pass short."""
         if how.segment == 1:
             return len(rows)
         if self.costs is None:
             return max(1, min(self.rows_per_pass, len(rows)))
-        passes = (len(rows) + len(rows.guided(number))) / len(rows)
-        return self.costs.most_rows(SLICE_SECONDS, how.segment, passes, len(rows))
+        passes = (len(rows) + len(rows.guided(number, kernel.block))) / len(rows)
+        # Costs are those of the deepest block; others do as much of their own in the same time.
+        seconds = SLICE_SECONDS * max(self.flow.config.layer_counts) / len(kernel.layers)
+        return self.costs.most_rows(seconds, how.segment, passes, len(rows))
 
     def _certify(self, batch: Batch, meter: _Meter) -> Generator[Progress, Message, Tensor]:
         """Backward errors (B,) of the rows that are there at the end."""

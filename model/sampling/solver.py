@@ -59,6 +59,7 @@ class BlockSolver:
         ``residual_B`` is where a row stops, ``guess_TBD`` where its iterations start; a segment of 1 needs neither,
         and may be decoded by ``graphs``.
         """
+        memory = memory.first_layers(len(kernel.layers))
         self.rows, self.z_TBD, self.memory = rows, z_TBD, memory
         self.passes_B = torch.zeros(len(rows), dtype=torch.long, device=z_TBD.device)
         """Network passes that each row took part in."""
@@ -70,7 +71,7 @@ class BlockSolver:
         self._passes = self._all_rows(memory)
 
     def _all_rows(self, memory: Memory) -> _Passes:
-        return _Passes(self._kernel, Guidance(self.rows, self._number, len(self.z_TBD)), memory)
+        return _Passes(self._kernel, Guidance(self.rows, self._number, self._kernel.block), memory)
 
     def run(self) -> Generator[float, Tensor | None, Tensor]:
         """Returns x (T, B, D). Yields after every pass the share of patches that are exact by then.
@@ -104,7 +105,7 @@ class BlockSolver:
                 keep = yield first / (num_patches - 1)
                 if keep is not None:
                     # Those that stay go on without graphs, on a copy of what they have in the buffers.
-                    self._x_TBD, self.memory = steps.values(), steps.memory
+                    self._x_TBD, self.memory = steps.values(), steps.memory.first_layers(len(self._kernel.layers))
                     self.passes_B += first
                     self._keep(keep, first)
                     return first + 1
@@ -150,7 +151,7 @@ class BlockSolver:
     def _some_rows(self, passes: _Passes, rows_S: Tensor, index_S: Tensor, num_patches: int) -> _Passes:
         """Passes for the rows ``rows_S`` of the batch alone, which are ``index_S`` among those of ``passes``."""
         memory = passes.memory.select(passes.guidance.network_rows(index_S), num_patches)
-        return _Passes(passes.kernel, Guidance(self.rows.select(rows_S), self._number, len(self.z_TBD)), memory)
+        return _Passes(passes.kernel, Guidance(self.rows.select(rows_S), self._number, passes.kernel.block), memory)
 
     def _restore(self, passes: _Passes, rows_L: Tensor, index_L: Tensor, start: int, end: int) -> None:
         """What the memory of some rows has of a segment, for the memory of all: later segments look at it."""

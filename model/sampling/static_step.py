@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import FlowConfig
-from model.flow import NO_CLASS, at_least_float32
+from model.flow import NO_CLASS, affine_parameters, at_least_float32
 from model.guidance import guide_closed_form, guide_linear, patch_weights
 from model.sampling.guided import Guidance
 from model.sampling.kernel import BlockKernel, Memory
@@ -138,11 +138,7 @@ def decode_step(kernel: BlockKernel, buffers: StepBuffers, length: int, variant:
         h.add_(torch.addmm(bias, y.reshape(R, -1), out))
         y = torch.layer_norm(h, shape, mlp_norm, mlp_norm_bias, kernel.eps)
         h.add_(torch.addmm(down_bias, F.gelu(torch.addmm(up_bias, y, up)), down))
-    values = at_least_float32(torch.addmm(kernel.out_bias, h, kernel.proj_out))
-    if kernel.block.volume_preserving:
-        result_R2D = torch.stack([torch.zeros_like(values), values], dim=1)
-    else:
-        result_R2D = values.unflatten(1, (2, -1))
+    result_R2D = affine_parameters(torch.addmm(kernel.out_bias, h, kernel.proj_out), kernel.block.config)
     if variant.guided:
         result_R2D = _guide(result_R2D, buffers, following_1, variant)
     z_RD = buffers.z_TRD.index_select(0, following_1)[0]

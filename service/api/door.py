@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from service import logs
 from service.access.caller import ANYONE, Caller
 from service.broker.base import Accepted, Broker, Terms
 from service.errors import InvalidRequest, Overloaded, Unavailable
@@ -45,6 +46,7 @@ class Door:
             self._open_until.pop(place, None)
             raise
         self._open_until[place] = time.monotonic() + OPEN_SECONDS
+        logs.bind(job_id=accepted.job_id)
         return accepted
 
     def _check_alone(self, cost: int) -> None:

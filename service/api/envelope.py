@@ -49,24 +49,6 @@ STATUS: dict[type[ServiceError], int] = {
 IN_VAIN = (errors.Conflict, errors.TimedOut, errors.WorkerLost)
 """Errors after which a repetition would come to the same, at the same cost: clients that repeat whatever is a 409 or
 5xx are told so by a header that OpenAI's know."""
-OUTCOME: dict[type[ServiceError], str] = {
-    errors.InvalidRequest: "invalid",
-    errors.MalformedRequest: "invalid",
-    errors.Forbidden: "invalid",
-    errors.NotFound: "invalid",
-    errors.Conflict: "invalid",
-    errors.MethodNotAllowed: "invalid",
-    errors.NotAcceptable: "invalid",
-    errors.BodyTooLarge: "invalid",
-    errors.SlowBody: "timeout",
-    errors.Overloaded: "rate_limited",
-    errors.Canceled: "canceled",
-    errors.Unavailable: "rejected",
-    errors.WorkerLost: "worker_lost",
-    errors.TimedOut: "timeout",
-}
-"""How an error counts in ``tarflow_requests_total``; any other is ``error``."""
-
 _BY_STATUS: dict[int, type[ServiceError]] = {
     400: errors.MalformedRequest,
     403: errors.Forbidden,

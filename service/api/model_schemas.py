@@ -54,5 +54,6 @@ class ModelDescription(ModelSummary):
     recommended: dict[str, Any]
     convergence: dict[str, Any]
     anomaly: AnomalyFacts
+    codec: dict[str, Any] | None = Field(None, description="Of a model of latents, the autoencoder; null for pixels.")
     training: dict[str, Any]
     card: str

@@ -29,7 +29,7 @@ def _summary(model: ModelInfo, *, default: bool) -> dict[str, Any]:
         "default": default,
         "hash": model.model_id,
         "num_classes": model.flow.num_classes,
-        "image": {"size": model.flow.image_size, "channels": model.flow.channels},
+        "image": {"size": model.image_size, "channels": model.image_channels},
     }
 
 
@@ -67,6 +67,8 @@ async def describe_model(name: str, context: ContextDependency) -> ModelDescript
     where the iterations were counted. Only a tuned model is iterated with solver auto. ``class_prior`` is p(y) of each
     class as /v1/classify uses it: the frequencies in training, or uniform where the bundle has none. ``anomaly`` is
     about the bundle's own calibration: the ``scores`` that verdicts of /v1/score may use, and the smallest ``alpha``.
+    A model of latents has a ``codec``, the autoencoder that makes them of images and images of them; its likelihoods
+    are those of the latents, and not of pixels.
     """
     model = await context.model(name)
     default = (await context.model(None)).name
@@ -80,6 +82,7 @@ async def describe_model(name: str, context: ContextDependency) -> ModelDescript
         recommended=model.sampling.to_dict(),
         convergence={"tuned": model.convergence is not None, **(model.convergence or {})},
         anomaly=await _anomaly(context, model),
+        codec=None if model.codec is None else model.codec.to_dict(),
         training=dict(model.training),
         card=model.card,
     )

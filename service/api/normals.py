@@ -146,21 +146,27 @@ async def read_normals(
 ) -> Normals:
     """Decode all images and bring them to a model's size and colours, image by image in a thread.
 
-    Exact copies count once. Raises ``InvalidRequest`` for too few or too many images, for too many pixels in all, for
-    an archive that cannot be read, and for images that cannot be used, the first 20 of which it names; ``Canceled``
-    for a client that has gone.
+    Exact copies count once. Raises ``InvalidRequest`` for a model of latents, for too few or too many images, for too
+    many pixels in all, for an archive that cannot be read, and for images that cannot be used, the first 20 of which
+    it names; ``Canceled`` for a client that has gone.
     """
+    if model.codec is not None:
+        raise InvalidRequest(
+            f"model: got {model.name!r}, which models latents; calibrations are for models of pixels",
+            param="model",
+            code="unsupported_model",
+        )
     upload = await anyio.to_thread.run_sync(_Upload, files, settings)
-    count, flow = len(upload.sources), model.flow
+    count = len(upload.sources)
     _check_size(model, count)
-    pixels = np.empty((count, flow.channels, flow.image_size, flow.image_size), np.uint8)
+    pixels = np.empty((count, model.image_channels, model.image_size, model.image_size), np.uint8)
     problems: list[tuple[_Source, str, str]] = []
     allowed = PIXELS_OF_A_CALIBRATION * settings.max_pixels
 
     def fit(index: int, source: _Source) -> int:
         decoded = load_image(source.read(), settings.max_pixels)
         width, height = decoded.image.size
-        pixels[index] = fit_image(decoded, flow.image_size, flow.channels).pixels
+        pixels[index] = fit_image(decoded, model.image_size, model.image_channels).pixels
         return width * height
 
     total = 0
@@ -177,8 +183,8 @@ async def read_normals(
                 raise InvalidRequest(
                     f"files: the pixels that all images may have together, {allowed:,}, are used up: "
                     f"{index - len(problems)} of {count} images with {total:,} pixels went in, and {source.shown} has "
-                    f"{size:,}; send fewer images, or reduce them first: the model sees {flow.image_size}x"
-                    f"{flow.image_size}",
+                    f"{size:,}; send fewer images, or reduce them first: the model sees {model.image_size}x"
+                    f"{model.image_size}",
                     param="files",
                     code="too_many_pixels",
                 )

@@ -1,7 +1,8 @@
-"""ASGI middleware around the whole app: body size at the door, request ids, request metrics."""
+"""ASGI middleware around the whole app: body size at the door, request ids, request metrics and the log of requests."""
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -12,13 +13,21 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.envelope import OUTCOME, render
-from service.errors import BodyTooLarge
+from service import logs
+from service.access.caller import NOBODY
+from service.api.envelope import render
+from service.api.scopes import RouteScopes
+from service.errors import BodyTooLarge, ServiceError
 from service.jobs import Op
 from service.metrics import ServiceMetrics
 
+log = logging.getLogger(__name__)
+
 OPERATIONS = frozenset(map(str, Op))
 """Names of the routes that are counted."""
+POLLED = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+"""Routes that machines ask again and again: people want no lines about them."""
+ACCEPTED = 202
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -58,10 +67,10 @@ class BodyLimit:
 
 
 class Observing:
-    """Gives every request an id, and counts outcomes."""
+    """Gives every request an id, counts outcomes, and writes a line about each into the log."""
 
-    def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: ServiceMetrics, scopes: RouteScopes) -> None:
+        self.app, self._metrics, self._scopes = app, metrics, scopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request through."""
@@ -73,10 +82,13 @@ class Observing:
         request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
         # The answer to a fault is sent from outside of this middleware; it finds the id here.
         scope.setdefault("state", {})["request_id"] = request_id
-        start = time.monotonic()
+        logs.begin(request_id)
+        start, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
@@ -85,17 +97,35 @@ class Observing:
             await self.app(scope, receive, send_with_id)
             finished = True
         finally:
-            self._count(scope, time.monotonic() - start, finished=finished)
+            # The answer to a fault is sent when this is over.
+            self._observe(scope, time.monotonic() - start, status or 500, finished=finished)
 
-    def _count(self, scope: Scope, seconds: float, *, finished: bool) -> None:
-        """Count requests of the model's operations: those below /v1 that are not lists or descriptions."""
-        state = scope.get("state", {})
-        # A route whose operation depends on the request says which it was.
-        route = state.get("op") or getattr(scope.get("route"), "name", "")
-        if route not in OPERATIONS:
-            return
-        error, model = state.get("error"), state.get("model", "")
-        outcome = "error" if not finished else "ok" if error is None else OUTCOME.get(type(error), "error")
-        self.metrics.requests.labels(model=model, op=route, outcome=outcome).inc()
-        if outcome == "ok":
-            self.metrics.seconds.labels(model=model, op=route).observe(seconds)
+    def _observe(self, scope: Scope, seconds: float, status: int, *, finished: bool) -> None:
+        state = scope["state"]
+        route, name = self._route(scope)
+        error, op, model = state.get("error"), state.get("op") or name, state.get("model", "")
+        outcome = _outcome(error, status) if finished else "error"
+        if op in OPERATIONS:
+            # Lists and descriptions are no work.
+            self._metrics.requests.labels(model=model, op=op, outcome=outcome).inc()
+            if outcome == "ok":
+                self._metrics.seconds.labels(model=model, op=op).observe(seconds)
+        level = logging.DEBUG if route in POLLED else logging.WARNING if status >= 500 else logging.INFO
+        if log.isEnabledFor(level):
+            caller = state.get("caller", NOBODY).name
+            said = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6)}
+            said |= {"outcome": outcome, "code": None if error is None else error.code, "caller": caller}
+            said |= {"op": op, "model": model} if op in OPERATIONS else {}
+            log.log(level, "request", extra={key: value for key, value in said.items() if value not in (None, "")})
+
+    def _route(self, scope: Scope) -> tuple[str, str]:
+        """The route's path, without what stands in for its parameters, and its name; empty where there is none."""
+        route = scope.get("route") or self._scopes.find(scope["method"], scope["path"])
+        return getattr(route, "path", ""), getattr(route, "name", "")
+
+
+def _outcome(error: ServiceError | None, status: int) -> str:
+    if error is not None:
+        return error.outcome
+    # What a job comes to that is answered later is counted when it ends.
+    return "accepted" if status == ACCEPTED else "ok" if status < 400 else "error"

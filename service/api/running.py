@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from service import logs
 from service.api.context import Context
 from service.api.schemas import Timing
 from service.errors import Canceled, Unavailable
@@ -36,6 +37,7 @@ def new_job(model: ModelInfo, op: Op, payload: Mapping[str, Any], rows: int, pas
         payload=payload,
         rows=rows,
         cost=cost_of(model, rows, passes),
+        request_id=logs.known().get("request_id", ""),
     )
 
 
@@ -73,13 +75,7 @@ async def run(context: Context, job: Job) -> tuple[JobResult, Timing]:
                 result.cancel()
         # Retrieves the outcome of a job that was just canceled, so that nothing is left behind.
         await asyncio.gather(result, gone, return_exceptions=True)
-    return finished, timing_of(context, job, finished, time.monotonic() - start)
-
-
-def timing_of(context: Context, job: Job, finished: JobResult, seconds: float) -> Timing:
-    """Where the time of a job went that this process has waited for; its wait is counted."""
-    context.metrics.queue_wait.labels(model=job.model, op=str(job.op)).observe(finished.queue_seconds)
-    return timing(finished, seconds)
+    return finished, timing(finished, time.monotonic() - start)
 
 
 def timing(finished: JobResult, seconds: float) -> Timing:

@@ -250,7 +250,12 @@ class Protocol(BaseModel):
     """What a likelihood of this model means."""
 
     noise: Literal["gaussian", "uniform"]
-    sigma: float = Field(description="Standard deviation of Gaussian noise on the [-1, 1] pixel scale.")
+    space: Literal["pixels", "latents"] = Field(
+        "pixels", description="What the likelihood is of: the pixels, or an autoencoder's latents of them."
+    )
+    sigma: float = Field(
+        description="Standard deviation of Gaussian noise on the [-1, 1] pixel scale, or on that of the latents."
+    )
     draws: int = Field(description="Noise draws; 0 when no noise was added.")
     seed: int | None
     meaning: str

@@ -22,8 +22,12 @@ SCHEMES = {
 
 
 @dataclass(frozen=True)
-class _Route:
+class Route:
+    """A route of the table."""
+
     path: str
+    """With the names of its parameters."""
+    name: str
     regex: re.Pattern[str]
     methods: frozenset[str]
     """None of them for a mounted app, which has all."""
@@ -39,7 +43,7 @@ class RouteScopes:
     def __init__(self, app: FastAPI, parts: Sequence[Part]) -> None:
         """Raises ``LookupError`` for a route of the app that is of none of the parts: it would be nobody's to guard."""
         self._routes = [
-            _Route(str(route.path), route.path_regex, frozenset(route.methods or ()), scope)
+            Route(str(route.path), str(route.name or ""), route.path_regex, frozenset(route.methods or ()), scope)
             for router, scope in parts
             for route in iter_route_contexts(router.routes)
         ]
@@ -63,6 +67,10 @@ class RouteScopes:
         if scopes and all(scope is None for scope in scopes):
             return None
         return frozenset(scope for scope in scopes if scope is not None)
+
+    def find(self, method: str, path: str) -> Route | None:
+        """The route of a request that was refused before anybody looked for it."""
+        return next((route for route in self._routes if route.takes(method, path)), None)
 
     def describe(self, document: dict[str, Any]) -> None:
         """Tell an OpenAPI document which keys its operations need, and how these are refused."""

@@ -36,16 +36,22 @@ PICTURES: dict[int | str, dict[str, Any]] = {
     }
 }
 CLEAN_MEANING = "density of the image itself, without the noise of training; not comparable with /v1/score"
+CLEAN_LATENTS = (
+    "density of an autoencoder's latents of the image, without the noise of training; no likelihood of pixels, and not "
+    "comparable with /v1/score"
+)
 
 
 def protocol_of(model: ModelInfo, draws: int, seed: int) -> Protocol:
     """What a likelihood from so many noise draws means; 0 for the image itself."""
+    clean = CLEAN_MEANING if model.noise.space == "pixels" else CLEAN_LATENTS
     return Protocol(
         noise=model.noise.kind,
+        space=model.noise.space,
         sigma=model.noise.std,
         draws=draws,
         seed=seed if draws else None,
-        meaning=model.noise.meaning if draws else CLEAN_MEANING,
+        meaning=model.noise.meaning if draws else clean,
     )
 
 

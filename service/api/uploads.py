@@ -151,7 +151,7 @@ async def fit_uploads(
     def fit(upload: Upload, most: int) -> tuple[Fitted, int]:
         decoded = load_image(upload.data, most)
         width, height = decoded.image.size
-        return fit_image(decoded, model.flow.image_size, model.flow.channels), width * height
+        return fit_image(decoded, model.image_size, model.image_channels), width * height
 
     async def fitted_upload(upload: Upload) -> tuple[Fitted, int]:
         if len(upload.data) <= SMALL_BYTES and not any(kind in upload.data for kind in COMPRESSED):
@@ -176,7 +176,7 @@ async def fit_uploads(
             raise InvalidRequest(
                 f"{field}: the pixels that all images of a request may have together, {allowed:,}, are "
                 f"used up: {i} of {len(uploads)} images with {total:,} pixels went in, and {param} has {count:,}; send "
-                f"fewer at once, or reduce them first: the model sees {model.flow.image_size}x{model.flow.image_size}",
+                f"fewer at once, or reduce them first: the model sees {model.image_size}x{model.image_size}",
                 param=field,
                 code="too_many_pixels",
             )

@@ -141,6 +141,16 @@ class WorkerStatus:
     """The worker's metrics, as :mod:`service.metrics` renders them; empty where workers export their own."""
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How jobs ended: counted together."""
+
+    model: str
+    op: Op
+    outcome: str
+    """``ok``, or that of :class:`~service.errors.ServiceError`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QueueStats:
     """What waits and what runs, by op, and what has come to pass."""
@@ -155,6 +165,8 @@ class QueueStats:
     """Leases that ran out, or whose workers left without handing back, since the beginning."""
     dead: int = 0
     """Jobs that failed because too many workers were lost on them, since the beginning."""
+    ended: Mapping[Ending, int] = field(default_factory=dict)
+    """Jobs that have ended, each counted once, since the beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)

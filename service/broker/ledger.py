@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any
 
-from service.broker.base import RETRY_AFTER_SECONDS, Accepted, Event, Held, JobStatus, Limits, QueueStats, Terms
+from service.broker.base import RETRY_AFTER_SECONDS, Accepted, Ending, Event, Held, JobStatus, Limits, QueueStats, Terms
 from service.broker.fairness import Turn, VirtualClock
 from service.broker.kept import ENTRY_BYTES, EVENT_BYTES, Kept, size_of
 from service.errors import Canceled, InvalidRequest, Overloaded, ServiceError, TimedOut, WorkerLost
@@ -83,6 +83,7 @@ class Ledger:
         self._number = 0
         self._kept = Kept(limits.max_kept_bytes)
         self._reclaimed = self._dead = 0
+        self._endings: Counter[Ending] = Counter()
 
     # What callers do.
 
@@ -198,7 +199,8 @@ class Ledger:
             self._dequeue(entry)
             self._clocks[lane].took(entry.turn)
             entry.state, entry.owner, entry.lease_until = JobState.RUNNING, owner, now + self.limits.lease_seconds
-            entry.started = entry.started or now
+            waited = None if entry.started else now - entry.submitted
+            entry.job, entry.started = replace(entry.job, waited=waited), entry.started or now
             self.tell(entry, "started", attempt=entry.job.attempt)
         return [entry.job for entry in chosen]
 
@@ -311,6 +313,7 @@ class Ledger:
             callers=sum(1 for caller, cost in self._cost_of.items() if caller and cost),
             reclaimed=self._reclaimed,
             dead=self._dead,
+            ended=dict(self._endings),
         )
 
     @property
@@ -371,6 +374,8 @@ class Ledger:
         heappush(self._ends, (entry.forgotten, entry.job.id))
         # What it needed as input is not kept with its result.
         entry.job = replace(entry.job, payload={})
+        how = outcome.outcome if isinstance(outcome, ServiceError) else "ok"
+        self._endings[Ending(entry.job.model, entry.job.op, how)] += 1
         if isinstance(outcome, JobResult):
             if entry.terms.detached:
                 self._kept.add(entry.job.id, size_of(outcome.arrays.values()))

@@ -11,16 +11,19 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 import torch
-from prometheus_client import ProcessCollector, start_http_server
+from prometheus_client import disable_created_metrics
 
 from model.device import resolve_device, visible_devices
+from service import logs
 from service.broker.base import BrokerGone, Limits, WorkerBroker
 from service.jobs import EXIT_UNUSABLE, REDIS_VARIABLE
 from service.worker.engine import Engine
 from service.worker.metrics import WorkerMetrics
 from service.worker.models import LOAD_FAULTS, load_models
+from service.worker.operations import answer_operations
 from service.worker.watchdog import Watchdog
 
 
@@ -53,6 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--metrics-port", type=int, default=0, help="0 for none")
     parser.add_argument("--supervised", action="store_true", help="leave when standard input ends")
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="auto", choices=get_args(logs.LogFormat))
     return parser.parse_args()
 
 
@@ -78,26 +82,26 @@ def _connect(options: argparse.Namespace, watchdog: Watchdog) -> WorkerBroker:
 def main() -> int:
     """Load, warm up, register, work; returns the exit status."""
     options = _options()
-    logging.basicConfig(
-        level=options.log_level.upper(), format=f"%(asctime)s %(levelname)s {options.id} %(name)s: %(message)s"
-    )
+    logs.configure(options.log_level, options.log_format, worker=options.id)
     log = logging.getLogger("service.worker")
     # Ctrl-C reaches the whole process group; the supervisor decides when workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if options.supervised:
         threading.Thread(target=_leave_with_the_supervisor, name="supervisor", daemon=True).start()
     torch.set_num_threads(options.threads)
-    metrics = WorkerMetrics(options.id)
+    # When a counter was first counted is nobody's question, and would be a series for each.
+    disable_created_metrics()
+    metrics, watchdog = WorkerMetrics(options.id), Watchdog(options.slice_limit_seconds)
     try:
         if options.metrics_port:
-            ProcessCollector(registry=metrics.registry)
-            start_http_server(options.metrics_port, registry=metrics.registry)
+            ready_seconds = Limits(**options.limits).ready_seconds
+            answer_operations(options.metrics_port, metrics.apart(), lambda: watchdog.heard_within(ready_seconds))
         device = resolve_device(options.device)
+        metrics.introduce(str(device), torch.__version__)
         models = load_models(options.models, device, options.batch_rows, options.model_memory)
     except LOAD_FAULTS as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
-    watchdog = Watchdog(options.slice_limit_seconds)
     try:
         broker = _connect(options, watchdog)
         engine = Engine(

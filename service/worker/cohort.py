@@ -16,7 +16,7 @@ from torch import Tensor
 from model.config import SamplingDefaults, SolverOptions
 from model.denoise import denoise
 from model.flow import NO_CLASS
-from model.likelihood import add_noise, centre_draw, to_pixels
+from model.likelihood import add_noise, centre_draw
 from model.noise import input_noise, latents
 from model.sampling.batch import Boundary, Join
 from model.sampling.plan import Plan
@@ -154,8 +154,8 @@ class Cohort:
             pixels = torch.from_numpy(part.payload["pixels"].copy())
             draw: Tensor | float = centre_draw(noise.kind)
             if part.payload["add_noise"]:
-                draw = input_noise(noise.kind, int(part.payload["seed"]), 1, tuple(pixels.shape[1:]))
-            parts.append(add_noise(pixels, noise, draw))
+                draw = input_noise(noise.kind, int(part.payload["seed"]), 1, self.model.modelled_shape)
+            parts.append(add_noise(self.model.codec.modelled(pixels), noise, draw))
         return self.model.flow.patchify(torch.cat(parts).to(self.model.device))
 
     def _run(self) -> Generator[Progress, Message, Tensor]:
@@ -269,7 +269,7 @@ class Cohort:
             self._wait_for_device()
             return False
         except StopIteration as stop:
-            self._images = self.model.flow.unpatchify(stop.value)
+            self._images = self.model.images(stop.value)
             return True
         finally:
             self.seconds += time.perf_counter() - start
@@ -299,7 +299,7 @@ class Cohort:
             wanted = preview_blocks(num_blocks, part.payload.get("previews", 0))
             if here.block in wanted and part.job.id not in self._dropped:
                 if states is None:
-                    states = self._to_pixels(self.model.flow.unpatchify(here.batch.x_BTD))
+                    states = self.model.pixels(self.model.images(here.batch.x_BTD))
                 previews.append(Preview(part, here.block, num_blocks, states[rows]))
         return previews
 
@@ -314,7 +314,7 @@ class Cohort:
         if self._images is None:
             return []
         finite = torch.isfinite(self._images).flatten(1).all(dim=1).to(torch.uint8).cpu().numpy()
-        pixels = self._to_pixels(self._images)
+        pixels = self.model.pixels(self._images)
         results, start = [], 0
         for part in self.parts:
             rows = slice(start, start + part.rows)
@@ -333,10 +333,6 @@ class Cohort:
             results.append((part, arrays))
         return results
 
-    def _to_pixels(self, images: Tensor) -> NDArray[np.uint8]:
-        finite = torch.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)
-        return to_pixels(finite, self.model.noise.kind).cpu().numpy()
-
     @staticmethod
     def _certificates(decoded: Decoded, rows: slice) -> Arrays:
         """What the sampler says of its rows."""
@@ -348,7 +344,7 @@ class Cohort:
 
     def _trajectory(self, decoded: Decoded, rows: slice, *, floats: bool) -> NDArray[Any]:
         """The rows after each block, (n, blocks, C, H, W)."""
-        states = [self.model.flow.unpatchify(state[rows]) for state in decoded.trajectory]
+        states = [self.model.images(state[rows]) for state in decoded.trajectory]
         if floats:
             return as_floats(torch.stack(states, dim=1).cpu().numpy())
-        return np.stack([self._to_pixels(state) for state in states], axis=1)
+        return np.stack([self.model.pixels(state) for state in states], axis=1)

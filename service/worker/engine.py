@@ -138,8 +138,10 @@ class Engine:
         return found
 
     def _known(self, jobs: list[Job]) -> list[Claimed]:
-        """Jobs with their models; one whose model has just been unloaded is handed back."""
+        """Jobs with their models, their waits counted; one whose model has just been unloaded is handed back."""
         for job in jobs:
+            if job.waited is not None:
+                self._metrics.queue_wait.labels(model=job.model, op=str(job.op)).observe(job.waited)
             if job.model not in self._models:
                 self._broker.release(job)
         return [(self._models[job.model], job) for job in jobs if job.model in self._models]
@@ -157,7 +159,9 @@ class Engine:
             self._last_measurement = now
             device = self._models.device
             if device.type == "cuda":
-                self._metrics.memory.labels(device=str(device)).set(torch.cuda.memory_reserved(device))
+                free, size = torch.cuda.mem_get_info(device)
+                held = torch.cuda.memory_reserved(device)
+                self._metrics.observe_memory(str(device), held=held, free=free, size=size)
             measurements = self._metrics.snapshot()
         urgent = [Held(job_id=job.id, attempt=job.attempt) for job in self._urgent.jobs]
         orders = self._broker.heartbeat([*urgent, *self._long.held()], measurements)
@@ -198,6 +202,8 @@ class Engine:
         self._metrics.loaded.set(len(self._models))
         for name, seconds in self._models.seconds.items():
             self._metrics.load_seconds.labels(model=name).set(seconds)
+        for name in self._models:
+            self._metrics.expect(name)
         for model in self._models.values():
             if model.flow in self._watched:
                 continue

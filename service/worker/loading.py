@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.anomaly.calibration import Calibration, CalibrationError
 from model.bundle import CALIBRATION, Bundle, BundleDamaged
+from model.codecs.autoencoder_kl import AutoencoderKL
+from model.codecs.base import Codec, Identity
+from model.codecs.config import CodecConfig
+from model.codecs.weights import load_codec
 from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
 from model.denoise import ROWS_PER_SLICE, denoise
 from model.flow import Flow
-from model.likelihood import log_likelihood
+from model.likelihood import log_likelihood, to_pixels
 from model.noise import latents
 from model.sampling.costs import cost_steps
 from model.sampling.plan import CostProfile
@@ -39,12 +45,15 @@ class LoadedModel:
     info: ModelInfo
     sampler: Sampler
     device: torch.device
+    codec: Codec = field(default_factory=Identity)
+    """What the flow models of images, and back."""
 
     @classmethod
     def load(cls, bundle: Bundle, device: torch.device) -> LoadedModel:
         """The weights in memory; nothing is measured yet. Raises a ``BundleError``."""
         check_calibration(bundle)
-        model = cls(ModelInfo.of(bundle), Sampler(load_flow(bundle, device), bundle.convergence), device)
+        flow, codec = load_flow(bundle, device), load_codec(bundle, device)
+        model = cls(ModelInfo.of(bundle), Sampler(flow, bundle.convergence), device, codec)
         model.sampler.rows_per_pass = model.slice_rows(GUIDED_PASSES)
         return model
 
@@ -57,6 +66,21 @@ class LoadedModel:
     def noise(self) -> NoiseProtocol:
         """Noise protocol of training and scoring."""
         return self.info.noise
+
+    @property
+    def modelled_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the flow models of an image."""
+        config = self.flow.config
+        return config.channels, config.image_size, config.image_size
+
+    def images(self, x_BTD: Tensor) -> Tensor:
+        """Images (B, C, H, W), about on [-1, 1], of the flow's patches."""
+        return self.codec.images(self.flow.unpatchify(x_BTD))
+
+    def pixels(self, image_BCHW: Tensor) -> NDArray[np.uint8]:
+        """8-bit images of :meth:`images`, confined to what pixels can show."""
+        finite = torch.nan_to_num(image_BCHW, nan=0.0, posinf=1.0, neginf=-1.0)
+        return to_pixels(finite, self.noise.kind).cpu().numpy()
 
     def check_label(self, label: int | None) -> None:
         """Raise ``ValueError`` for a class that the model has not: on a GPU such an index would end the process.
@@ -99,11 +123,11 @@ class LoadedModel:
         yield from self._measuring(most_rows)
 
 
-def weight_bytes(config: FlowConfig) -> int:
-    """Memory of a flow's weights, without making them."""
+def weight_bytes(config: FlowConfig, codec: CodecConfig | None = None) -> int:
+    """Memory of a model's weights, without making them."""
     with torch.device("meta"):
-        flow = Flow(config)
-    tensors = [*flow.parameters(), *flow.buffers()]
+        modules = [Flow(config), *([] if codec is None else [AutoencoderKL(codec)])]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -148,6 +172,9 @@ def warm_up(model: LoadedModel) -> Generator[None, None, None]:
             yield
     with torch.no_grad():
         value = log_likelihood(model.flow, torch.zeros_like(latent))
-    if not bool(torch.isfinite(value).all()):
-        raise RuntimeError(f"model {model.info.name}: the log-likelihood of a grey image is not finite")
+    image = model.images(torch.zeros_like(latent))
+    if not bool(torch.isfinite(value).all()) or not bool(torch.isfinite(image).all()):
+        raise RuntimeError(
+            f"model {model.info.name}: the log-likelihood of a grey image is not finite, or the image of zeros"
+        )
     yield

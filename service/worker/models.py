@@ -145,8 +145,8 @@ class Models(Mapping[str, LoadedModel]):
         if not self._memory_bytes:
             return
         there = [*self._serving.values(), *(leaving.model for leaving in self._leaving)]
-        taken = sum(weight_bytes(model.flow.config) for model in there)
-        wanted = weight_bytes(bundle.config.flow)
+        taken = sum(weight_bytes(model.flow.config, model.info.codec) for model in there)
+        wanted = weight_bytes(bundle.config.flow, bundle.config.codec)
         if taken + wanted > self._memory_bytes:
             raise BudgetError(
                 f"model {bundle.name!r} does not fit: it takes {wanted / MEBIBYTE:.1f} MiB, and of the "

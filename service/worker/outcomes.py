@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from service import logs
 from service.broker.base import WorkerBroker
-from service.errors import InternalError, InvalidRequest
+from service.errors import OUT_OF_MEMORY, InternalError, InvalidRequest
 from service.jobs import Job, JobResult
 from service.worker.cohort import Preview
 from service.worker.metrics import WorkerMetrics
@@ -52,10 +53,12 @@ class Outcomes:
         """Log and count a batch that failed; what becomes of its jobs is decided elsewhere."""
         labels = {"model": jobs[0].model, "op": str(jobs[0].op)}
         if out_of_memory:
-            log.warning("a batch of %d %s jobs ran out of memory: %s", len(jobs), jobs[0].op, error)
+            message = "a batch of %d %s jobs ran out of memory: %s"
+            log.warning(message, len(jobs), jobs[0].op, error, extra=logs.about(*jobs))
             self._metrics.oom.labels(**labels).inc()
         else:
-            log.error("a batch of %d %s jobs failed", len(jobs), jobs[0].op, exc_info=error)
+            message = "a batch of %d %s jobs failed"
+            log.error(message, len(jobs), jobs[0].op, exc_info=error, extra=logs.about(*jobs))
             self._metrics.failed_batches.labels(**labels).inc()
 
     def fail(self, job: Job, *, out_of_memory: bool) -> None:
@@ -64,7 +67,7 @@ class Outcomes:
         details = "the service's log has the details"
         if out_of_memory:
             error = InternalError(
-                f"the device is out of memory even for one image of this request; {details}", code="out_of_memory"
+                f"the device is out of memory even for one image of this request; {details}", code=OUT_OF_MEMORY
             )
         else:
             error = InternalError(f"the model failed on this request; {details}")
@@ -117,7 +120,9 @@ class Outcomes:
             return
         for (job, _), wanted in zip(results, self._broker.complete_all(results), strict=True):
             if not wanted:
-                log.info("the result of %s was not wanted any more", job.id)
+                log.info("the result of %s was not wanted any more", job.id, extra=logs.about(job))
+            elif log.isEnabledFor(logging.DEBUG):
+                log.debug("%s is done", job.id, extra=logs.about(job))
 
     def _whole(self, finished: Finished) -> JobResult | None:
         """Count a part, and put the job's result together if that was the last."""
@@ -127,8 +132,8 @@ class Outcomes:
         self._metrics.images.labels(**labels).inc(part.rows)
         if "finite" in arrays:
             self._metrics.nonfinite.labels(**labels).inc(int((arrays["finite"] == 0).sum()))
-        for bits in arrays.get("bits_per_dim", ()):
-            self._metrics.bits.labels(model=job.model).observe(float(bits))
+        if "bits_per_dim" in arrays:
+            self._metrics.observe_bits(job.model, arrays["bits_per_dim"])
         if plan:
             tolerance = float(job.payload["solver"]["tolerance"])
             self._metrics.observe_sampling(job.model, plan, tolerance, arrays)

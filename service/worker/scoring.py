@@ -41,12 +41,14 @@ def _noisy_rows(model: LoadedModel, job: Job) -> Iterator[tuple[Tensor, int]]:
     model.check_label(payload.get("label"))
     pixels = torch.from_numpy(payload["pixels"].copy())
     draws = int(payload.get("draws", 1))
+    # Once for all draws: an autoencoder is more work than a pass of many a flow.
+    images = model.codec.modelled(pixels)
     for draw in range(draws):
         noise: Tensor | float = centre_draw(model.noise.kind)
         if payload.get("add_noise", True):
             # One draw at a time: K draws of large images together would not fit.
-            noise = input_noise(model.noise.kind, int(payload["seed"]), 1, tuple(pixels.shape[1:]), first=draw)[0]
-        for image in pixels:
+            noise = input_noise(model.noise.kind, int(payload["seed"]), 1, model.modelled_shape, first=draw)[0]
+        for image in images:
             noisy = add_noise(image, model.noise, noise)
             yield from ((noisy, label) for label in labels)
 

@@ -27,6 +27,7 @@ class Watchdog:
     def __init__(self, limit_seconds: float) -> None:
         self._limit = limit_seconds
         self._heard = 0
+        self._heard_at = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -42,6 +43,11 @@ class Watchdog:
     def alive(self) -> None:
         """The inference loop runs."""
         self._heard += 1
+        self._heard_at = time.monotonic()
+
+    def heard_within(self, seconds: float) -> bool:
+        """Whether it listens, and was told so lately that the inference loop runs."""
+        return self._thread.is_alive() and time.monotonic() - self._heard_at <= seconds
 
     def _watch(self) -> None:
         period = self._limit / LOOKS

@@ -39,10 +39,9 @@ NOT_NUMBERS = ["1", None, True, math.nan, math.inf, -math.inf, 10**400, [1]]
 INVALID: list[tuple[type[Record], dict[str, Any], str, Any, str]] = [
     *(
         (FlowConfig, FLOW, name, value, "integer >= 1")
-        for name in ("image_size", "patch_size", "width", "num_blocks", "head_dim", "expansion")
+        for name in ("image_size", "channels", "patch_size", "width", "num_blocks", "head_dim", "expansion")
         for value in NOT_COUNTS
     ),
-    *((FlowConfig, FLOW, "channels", value, "1 or 3") for value in (0, 2, 4, 1.0, True, "1", None)),
     *((FlowConfig, FLOW, "patch_size", value, "divisor of image_size 28") for value in (3, 5, 56)),
     (FlowConfig, FLOW, "patch_size", 28, "at least two patches"),
     *((FlowConfig, FLOW, "width", value, "multiple of head_dim 64") for value in (1, 63, 100)),
@@ -50,9 +49,18 @@ INVALID: list[tuple[type[Record], dict[str, Any], str, Any, str]] = [
     *((FlowConfig, FLOW, "volume_preserving", value, "true or false") for value in (0, 1, "false", None)),
     *((FlowConfig, FLOW, "layers_per_block", value, "integers >= 1") for value in (0, None, "4", 2.0, [1, 0, 1, 1])),
     *((FlowConfig, FLOW, "layers_per_block", value, "num_blocks = 4") for value in ([1, 2], [1] * 5, ())),
+    *(
+        (FlowConfig, FLOW, "conditioned_blocks", value, "from 0 to 3 in ascending order")
+        for value in ((), (4,), (-1,), (1, 0), (1, 1), ("1",), (True,), 3, "all")
+    ),
+    *((FlowConfig, FLOW, "scale_function", value, "exp or softplus") for value in ("sigmoid", None, 1, [])),
+    (FlowConfig, {**FLOW, "volume_preserving": True}, "scale_function", "softplus", "'exp' for a volume-preserving"),
+    *((FlowConfig, FLOW, "soft_clip", value, "[0, 100]") for value in (-1, 101, *NOT_NUMBERS)),
     *((NoiseProtocol, GAUSSIAN, "kind", value, "'gaussian' or 'uniform'") for value in ("Gaussian", None, 1, [])),
     *((NoiseProtocol, GAUSSIAN, "std", value, "(0, 2)") for value in (0, 2, -0.1, *NOT_NUMBERS)),
     *((NoiseProtocol, UNIFORM, "std", value, "0 when") for value in (0.1, *NOT_NUMBERS)),
+    *((NoiseProtocol, GAUSSIAN, "space", value, "'pixels' or 'latents'") for value in ("latent", None, 1, [])),
+    (NoiseProtocol, UNIFORM, "space", "latents", "'pixels' when"),
     *((SamplingDefaults, SAMPLING, "guidance_scale", value, "[0, 100]") for value in (-0.1, 101, *NOT_NUMBERS)),
     *(
         (SamplingDefaults, SAMPLING, "guidance_schedule", value, "constant, linear, cosine")
@@ -117,3 +125,6 @@ def test_protocols_say_what_they_measure() -> None:
     assert "0.1" in NoiseProtocol.from_dict(GAUSSIAN).meaning
     assert "not comparable" in NoiseProtocol.from_dict(GAUSSIAN).meaning
     assert "upper bound" in NoiseProtocol.from_dict(UNIFORM).meaning
+    latents = NoiseProtocol.from_dict({**GAUSSIAN, "space": "latents"})
+    assert "no likelihood of pixels" in latents.meaning
+    assert latents.to_dict() == {**GAUSSIAN, "space": "latents"}

@@ -24,6 +24,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"channels": 3, "image_size": 4},
     {"layers_per_block": (1, 3, 1)},
     {"width": 24, "head_dim": 24},
+    {"scale_function": "softplus"},
+    {"soft_clip": 0.5},
+    {"layers_per_block": (1, 1, 3), "conditioned_blocks": (2,), "scale_function": "softplus", "soft_clip": 1.5},
 ]
 
 

@@ -164,8 +164,9 @@ def test_no_weight_is_no_guidance_and_no_second_pass(rule: str, target: str, sch
             "attention_temperature": 0.5,
         }
     )
-    case = case_of(tiny_flow(image_size=6), [PLAIN, options])
-    assert not len(case.rows().guided(0))
+    flow = tiny_flow(image_size=6)
+    case = case_of(flow, [PLAIN, options])
+    assert not len(case.rows().guided(0, flow.blocks[-1]))
     images = sequential(case)
     assert torch.equal(images[0], images[1])
 
@@ -177,7 +178,7 @@ def test_blocks_outside_the_window_take_no_second_pass(window: tuple[int, int]) 
     case = case_of(flow, [PLAIN, SamplingDefaults(guidance_scale=2, guidance_window=window), PLAIN])
     for number in range(3):
         expected = [1] if window[0] <= number < window[1] else []
-        assert case.rows().guided(number).tolist() == expected
+        assert case.rows().guided(number, flow.blocks[-1 - number]).tolist() == expected
     states = finish(Sampler(flow).decode(case.rows(), trajectory=True)).trajectory
     for number, x_BTD in enumerate(states):
         assert (distance(x_BTD[0], x_BTD[1]) < 1e-12) is (number < window[0])

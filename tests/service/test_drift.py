@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.broker.base import QueueStats
-from service.drift import Drift, ks_statistic
+from service.drift import Drift, ks_limit, ks_statistic
 from service.metrics import ServiceMetrics
 
 CRITICAL = 1.95
@@ -52,6 +52,24 @@ def test_the_statistic_is_the_largest_distance_on_the_grid() -> None:
     whole_grid = np.arange(1, 101) / 100
     assert ks_statistic(whole_grid, 99) == pytest.approx(0, abs=1e-12)
     assert ks_statistic([], 99) == 0
+
+
+def test_what_has_not_changed_seldom_exceeds_the_limit() -> None:
+    """Over calibrations, too: each is a sample of its own."""
+    random, windows, level = np.random.default_rng(2), 2000, 0.05
+    for num_values, num_calibration in ((50, 50), (200, 1000), (1000, 100)):
+        limit = ks_limit(num_values, num_calibration, level)
+        beyond = 0
+        for _ in range(windows):
+            calibration = np.sort(random.normal(size=num_calibration))
+            below = np.searchsorted(calibration, random.normal(size=num_values))
+            beyond += ks_statistic((below + 1) / (num_calibration + 1), num_calibration) > limit
+        # Five standard deviations of the count.
+        assert beyond / windows < level + 5 * math.sqrt(level / windows)
+        shifted = np.searchsorted(calibration, random.normal(2, size=num_values))
+        assert ks_statistic((shifted + 1) / (num_calibration + 1), num_calibration) > limit
+    assert ks_limit(0, 10) == 1
+    assert ks_limit(100, 100) > ks_limit(1000, 100) > ks_limit(1000, 1000)
 
 
 def test_the_window_rolls() -> None:

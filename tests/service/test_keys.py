@@ -148,7 +148,7 @@ def test_an_edit_is_in_force_without_a_restart_and_secrets_are_never_logged(
     assert status(service, secret) == 200
     keys.write_text(before)
     wait_until(lambda: service.log.count("was read again") == 2, "the mended file is read")
-    assert '"GET /metrics HTTP/1.1" 200' in service.log
+    assert '"method":"GET","route":"/metrics","status":200,' in service.log
     for each in secrets:
         assert each not in service.log
         assert digest(each).hex() not in service.log

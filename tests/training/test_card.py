@@ -75,6 +75,15 @@ def test_deep_shallow_architecture() -> None:
     assert architecture(flow) == "4-128-3-(2,2,8)"
 
 
+def test_the_card_names_what_differs_from_tarflow(config: TrainConfig) -> None:
+    assert "STARFlow" not in render_card(config, FACTS)
+    flow = replace(config.flow, conditioned_blocks=(1,), scale_function="softplus", soft_clip=4.0)
+    card = render_card(replace(config, flow=flow), FACTS)
+    assert "the class enters block 1 of 0 to 1 alone" in card
+    assert "the scale is a softplus; scales and shifts are bound by 4" in card
+    assert "class enters" not in render_card(replace(config, flow=replace(flow, num_classes=0)), FACTS)
+
+
 def test_results_replace_earlier_results(config: TrainConfig) -> None:
     card = render_card(config, FACTS)
     assert evaluation_section(card) is None

@@ -86,6 +86,7 @@ def test_the_commands_are_cheap_to_import_and_list() -> None:
     *presets, has_torch = result.stdout.splitlines()
     assert [line.split(":")[0] for line in presets if not line.startswith(" ")] == [
         "afhq256",
+        "deep-shallow-28",
         "emoji-64",
         "fashion-mnist",
         "fashion-mnist-likelihood",
@@ -94,6 +95,7 @@ def test_the_commands_are_cheap_to_import_and_list() -> None:
         "imagenet64-conditional-p4",
         "imagenet64-likelihood",
         "imagenet64-unconditional",
+        "latents-256",
         "parts-64",
         "photos-64",
         "toy-28",
@@ -138,7 +140,7 @@ def test_any_field_is_set_and_the_resolved_configuration_is_a_preset(
     ("setting", "message"),
     [
         ("flow.widht=24", "flow.widht', which is no field of a configuration; allowed is flow.width"),
-        ("width=no", "flow.width: got 'no'"),
+        ("width=wide", "flow.width: got 'wide'"),
         ("noise.std=9", "noise.std: got 9, allowed is a number in (0, 2)"),
         ("flip", "set: got 'flip', allowed is FIELD=VALUE"),
         ("batch_size=[", "batch_size: got '['"),

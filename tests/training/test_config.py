@@ -18,7 +18,7 @@ from training.listing import num_parameters
 def test_every_preset_says_what_it_is_and_where_it_is_from(name: str) -> None:
     config = load_preset(name)
     assert "Data:" in config.about
-    assert "arXiv 2412.06329" in config.provenance
+    assert "arXiv 2412.06329" in config.provenance or "arXiv 2506.06276" in config.provenance
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,10 @@ def test_the_published_recipes(
 
 
 @pytest.mark.parametrize("volume_preserving", [False, True])
-@pytest.mark.parametrize("num_classes", [0, 3])
-def test_weights_are_counted_without_making_them(num_classes: int, volume_preserving: bool) -> None:
+@pytest.mark.parametrize(("num_classes", "conditioned_blocks"), [(0, None), (3, None), (3, (0, 2))])
+def test_weights_are_counted_without_making_them(
+    num_classes: int, conditioned_blocks: tuple[int, ...] | None, volume_preserving: bool
+) -> None:
     flow = FlowConfig(
         image_size=8,
         channels=3,
@@ -59,6 +61,7 @@ def test_weights_are_counted_without_making_them(num_classes: int, volume_preser
         expansion=3,
         num_classes=num_classes,
         volume_preserving=volume_preserving,
+        conditioned_blocks=conditioned_blocks,
     )
     assert num_parameters(flow) == sum(p.numel() for p in Flow(flow).parameters())
 

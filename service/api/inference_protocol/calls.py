@@ -70,7 +70,7 @@ class Call:
     async def images(self) -> Inputs:
         """The images: pixels as they are, or files, decoded and fitted to the model."""
         tensor = self.tensor(IMAGES)
-        size, channels = self.model.flow.image_size, self.model.flow.channels
+        size, channels = self.model.image_size, self.model.image_channels
         if tensor.datatype == BYTES and len(tensor.shape) == 1:
             uploads = [Upload(data) for data in tensor.values]
             settings, decoding = self.context.settings, self.context.decoding

@@ -119,7 +119,7 @@ async def model_ready(model_name: str, context: ContextDependency, version: str 
 @router.get("/models/{model_name}/versions/{version}/config", include_in_schema=False)
 async def config(model_name: str, context: ContextDependency, version: str | None = None) -> dict[str, Any]:
     """The signature in Triton's terms: which inputs are optional, and in ``parameters`` the model's hash, the names of
-    its classes, the parameters that requests may have, and how many rows."""
+    its classes, what its likelihoods mean, the parameters that requests may have, and how many rows."""
     model, function = await find(context, model_name, version)
 
     def described(spec: TensorSpec) -> dict[str, Any]:
@@ -129,6 +129,7 @@ async def config(model_name: str, context: ContextDependency, version: str | Non
     texts = {
         "hash": model.model_id,
         "class_names": ",".join(model.class_names),
+        "meaning": model.noise.meaning,
         "parameters": ",".join(sorted(function.parameters)),
         "max_images": str(context.settings.max_images),
     }

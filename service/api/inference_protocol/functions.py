@@ -61,8 +61,7 @@ class Function(Protocol):
 
 
 def _images(model: ModelInfo, name: str = IMAGES, datatype: Datatype = "UINT8") -> TensorSpec:
-    flow = model.flow
-    return TensorSpec(name, datatype, (-1, flow.channels, flow.image_size, flow.image_size))
+    return TensorSpec(name, datatype, (-1, model.image_channels, model.image_size, model.image_size))
 
 
 def _latents(model: ModelInfo) -> TensorSpec:
@@ -118,7 +117,7 @@ class Anomaly:
         return (_images(model), *_class(model))
 
     def outputs(self, model: ModelInfo) -> tuple[TensorSpec, ...]:
-        size = model.flow.image_size
+        size = model.image_size
         numbers = (TensorSpec(name, "FP64") for name in ("p_value", "score", "threshold"))
         likelihoods = (TensorSpec(name, "FP64") for name in ("log_likelihood", "bits_per_dim"))
         where = (TensorSpec("map", "FP32", (-1, size, size)),) if self._maps else ()

@@ -19,9 +19,11 @@ from service.api.inference_protocol.functions import TensorSpec
 from service.api.inference_protocol.schemas import InferenceAnswer, InferenceRequestBody
 from service.api.inference_protocol.tensors import BYTES, DATATYPES, Tensor, shown
 from service.errors import InvalidRequest, NotFound, TimedOut
+from service.jobs import URGENT
 
 MICROSECONDS = 1_000_000
 LONGEST_TIMEOUT = 2**53
+OF_LATENTS = "likelihoods are those of an autoencoder's latents of the images; they are no likelihoods of pixels"
 
 router = APIRouter(prefix="/v2", tags=["inference protocol"], responses=ERRORS)
 
@@ -93,6 +95,8 @@ async def infer(
         raise TimedOut(f"timeout: the work was not finished in {timeout:g} seconds") from None
     document: dict[str, Any] = {"model_name": model_name, "model_version": VERSION}
     document |= {} if asked.id is None else {"id": asked.id}
+    if model.noise.space == "latents" and function.op in URGENT:
+        call.notes.append(OF_LATENTS)
     document |= {"parameters": {"warnings": "; ".join(call.notes)}} if call.notes else {}
 
     def write() -> Response:

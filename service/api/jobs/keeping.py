@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import anyio.to_thread
 
+from service import logs
 from service.api.context import Context
 from service.api.jobs.wishes import Wishes, fingerprint
 from service.api.recipes.base import Prepared
@@ -51,6 +52,7 @@ async def own_job(context: Context, job_id: str) -> JobStatus:
     status = await context.broker.status(job_id)
     if status.caller != context.caller.name:
         raise unknown_job(job_id)
+    logs.bind(job_id=job_id)
     return status
 
 

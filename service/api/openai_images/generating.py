@@ -30,7 +30,7 @@ from service.api.openai_images.streaming import GenerationStream
 from service.api.recipes.base import Done, Prepared
 from service.api.recipes.images import ImagesRecipe
 from service.api.recipes.stored import packed
-from service.api.running import timing_of
+from service.api.running import timing
 from service.api.sampling import prepare_sample
 from service.api.schemas import ErrorResponse, ImageResult, ImagesResponse, Notice, SampleRequest, SamplerFields
 from service.api.uploads import check_count
@@ -61,7 +61,7 @@ def _refuse(field: str, got: object, allowed: str) -> InvalidRequest:
 
 def native_size(model: ModelInfo) -> str:
     """The one size that a model draws."""
-    return f"{model.flow.image_size}x{model.flow.image_size}"
+    return f"{model.image_size}x{model.image_size}"
 
 
 def check_wishes(body: GenerationRequest, model: ModelInfo) -> None:
@@ -180,9 +180,9 @@ async def _streamed(
     await context.door.submit(previewing(job, prepared.previews), terms)
 
     async def finish(result: JobResult) -> CompletedEvent:
-        timing = timing_of(context, job, result, time.monotonic() - start)
         done = await prepared.recipe.render(
-            context, Done(job_id=job.id, model=model.name, result=result, timing=timing)
+            context,
+            Done(job_id=job.id, model=model.name, result=result, timing=timing(result, time.monotonic() - start)),
         )
         if not isinstance(done, ImagesResponse):
             raise AssertionError("JSON was asked for")

@@ -115,7 +115,7 @@ class RedisBroker(Broker):
             job.id, job.op, lane_of(job.op), job.model, job.rows, job.cost, terms.caller, terms.priority,
             WEIGHTS[terms.priority], milliseconds(terms.timeout), milliseconds(terms.keep_seconds), int(terms.detached),
             self._replica, key, terms.fingerprint, name_of(terms.caller), self._limits.max_queue_cost,
-            share_of(self._limits), terms.caller_cost, pack(job.payload), terms.recipe,
+            share_of(self._limits), terms.caller_cost, pack(job.payload), terms.recipe, job.request_id,
         )  # fmt: skip
         if not terms.detached:
             self._waits.add(job.id, attached=True)  # its end may come before the answer

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from service.broker.base import Event, JobStatus, QueueStats
+from service.broker.base import Ending, Event, JobStatus, QueueStats
 from service.errors import ServiceError
 from service.jobs import JobResult, JobState, Op
 from service.messages import unpack
@@ -70,6 +71,7 @@ class Outcome:
         return replace(JobResult.from_wire(unpack(self.data)), queue_seconds=self.queue_seconds)
 
 
+OPERATIONS = frozenset(map(str, Op))
 OUTCOME_FIELDS = ("state", "error", "result", "created", "started")
 
 
@@ -122,4 +124,20 @@ def stats_of(values: Sequence[Any]) -> QueueStats:
         callers=callers,
         reclaimed=int(counters.get("reclaimed", 0)),
         dead=int(counters.get("dead", 0)),
+        ended=_endings(counters),
     )
+
+
+def _endings(counters: Mapping[str, bytes]) -> dict[Ending, int]:
+    """Those that ``finish`` of ``lifecycle.lua`` counted, as they are counted everywhere."""
+    found: Counter[Ending] = Counter()
+    for name, count in counters.items():
+        if name.startswith("ended:"):
+            _, op, how, model = name.split(":", 3)
+            if op not in OPERATIONS:  # a later version's, while it takes over
+                continue
+            kind, _, code = how.partition("/")
+            error = None if kind == JobState.COMPLETED else ServiceError.from_wire({"error": kind, "code": code})
+            outcome = "ok" if error is None else error.outcome
+            found[Ending(model, Op(op), outcome)] += int(count)
+    return dict(found)

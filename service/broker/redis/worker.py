@@ -177,16 +177,18 @@ class RedisWorkerBroker(WorkerBroker):
         return answer[0], jobs
 
     def _job_of(self, values: Sequence[bytes]) -> Job | None:
-        job_id, op, model, rows, cost, attempt, detached, payload = values
+        job_id, op, model, rows, cost, attempt, detached, waited, request_id, payload = values
         self._detached[job_id.decode()] = detached == b"1"
         known: dict[str, Any] = {
             "id": job_id.decode(), "model": model.decode(), "rows": int(rows), "cost": int(cost),
-            "attempt": int(attempt),
+            "attempt": int(attempt), "request_id": request_id.decode(),
+            "waited": None if waited == b"" else int(waited) / 1000,
         }  # fmt: skip
         try:
             return Job(op=Op(op.decode()), payload=unpack(payload), **known)
         except (MessageError, ValueError) as error:
-            log.error("job %s cannot be read: %s", known["id"], error)
+            about = {"job_id": known["id"], "request_id": known["request_id"], "model": known["model"]}
+            log.error("job %s cannot be read: %s", known["id"], error, extra=about)
             unread = Job(op=Op.SCORE, payload={}, **known)
             self.fail(unread, InternalError("the worker cannot read the job; its version may be another"))
             return None

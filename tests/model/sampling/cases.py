@@ -23,11 +23,19 @@ from model.sampling.rows import Rows, finish, make_rows
 from model.sampling.sampler import Decoded, Sampler, Sampling
 from tests.model.conftest import tiny_flow
 
+DEEP_SHALLOW: dict[str, Any] = {
+    "layers_per_block": (1, 1, 3),
+    "conditioned_blocks": (2,),
+    "scale_function": "softplus",
+    "soft_clip": 1.5,
+}
+"""STARFlow's design: one deep block next to the noise, which alone sees the class, and another scale."""
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"num_classes": 0, "layers_per_block": 1},
     {"volume_preserving": True, "layers_per_block": 1},
     {"num_blocks": 2, "layers_per_block": (1, 3)},
+    DEEP_SHALLOW,
     {"channels": 3, "image_size": 6},
     {"image_size": 4},
 ]

@@ -93,7 +93,7 @@ def test_the_memory_of_kernels_is_not_made_when_steps_are_repeated() -> None:
     def refuse() -> list[Tensor]:
         raise AssertionError("nobody needs it")
 
-    memory = Memory(FLOW.config, len(rows) + len(rows.guided(0)), kernel.dtype, refuse)
+    memory = Memory(FLOW.config, len(rows) + len(rows.guided(0, kernel.block)), kernel.dtype, refuse)
     graphs = DecodeGraphs(FLOW.config, lambda: record)
     solver = BlockSolver(kernel, rows, 0, z_TBD, memory, segment=1, graphs=graphs)
     assert finish(solver.run()).shape == z_TBD.shape

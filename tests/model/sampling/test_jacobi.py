@@ -76,7 +76,7 @@ def block_solver(
     """Solver of one block, whose latents are those of the whole flow."""
     kernel, rows = FlowKernel(case.flow).blocks[number], case.rows()
     z_TBD = case.latent_BTD.transpose(0, 1).contiguous()
-    network_rows = len(rows) + len(rows.guided(number))
+    network_rows = len(rows) + len(rows.guided(number, kernel.block))
     return BlockSolver(
         kernel,
         rows,

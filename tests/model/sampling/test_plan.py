@@ -48,7 +48,7 @@ def choice(
     guided: int = 0,
     config: FlowConfig = CONFIG,
 ) -> Plan:
-    return choose(solver, tolerance, config, profile, costs, rows, rows + guided)
+    return choose(solver, tolerance, config, profile, costs, rows, [rows + guided] * config.num_blocks)
 
 
 class TestChoice:
@@ -215,4 +215,4 @@ def test_a_sampler_chooses_by_its_profiles_and_rows() -> None:
             return super().seconds(rows, patches)
 
     Sampler(flow, profile, Counting(LINEAR.costs)).plan(rows, options)
-    assert max(calls) == 8 + len(rows.guided(0))
+    assert max(calls) == 8 + len(rows.guided(0, flow.blocks[-1]))

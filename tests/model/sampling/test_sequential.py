@@ -15,6 +15,7 @@ from model.likelihood import encode
 from model.noise import latents
 from model.sampling.rows import Rows, finish, make_rows
 from model.sampling.sampler import Sampler, Sampling
+from tests.model.sampling.cases import DEEP_SHALLOW
 
 MakeFlow = Callable[..., Flow]
 PLAIN = SamplingDefaults()
@@ -31,6 +32,7 @@ LABELS: list[int | None] = [0, 1, 2, None]
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"num_blocks": 2, "layers_per_block": (1, 3)},
+    DEEP_SHALLOW,
     {"num_classes": 0},
     {"volume_preserving": True},
     {"channels": 3, "image_size": 4},
@@ -130,7 +132,7 @@ def test_guidance_without_a_difference_changes_nothing(make_flow: MakeFlow) -> N
     flow = make_flow()
     latent_BTD = latents([3, 3], 16, 4).double()
     rows = make_rows(latent_BTD, [None, None], [PLAIN, SamplingDefaults(guidance_scale=3)])
-    assert len(rows.guided(0)) == 0
+    assert len(rows.guided(0, flow.blocks[-1])) == 0
     decoded = finish(decode(flow, rows)).x_BTD
     assert torch.equal(decoded[0], decoded[1])
 

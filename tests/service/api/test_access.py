@@ -23,13 +23,15 @@ from service.broker.base import USUAL, Accepted, Terms
 from service.broker.memory import MemoryBroker
 from service.errors import Overloaded
 from service.jobs import Job, ModelInfo, Op, Priority, WorkerInfo
+from service.page.files import file_names
 from service.settings import Settings
 from service.stores.directory import state_in
 from tests.service.broker.conftest import AMPLE
 from tests.service.pictures import b64, file, pixels
 
 pytestmark = pytest.mark.anyio
-OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
+PAGE = {"/", *(f"/page/x/{name}" for name in file_names())}
+OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready", *PAGE}
 """All that is answered without a key. Who adds a path here says that it may be."""
 SECRETS = {str(scope): f"tarflow_secret-of-{scope}" for scope in Scope} | {
     "limited": "tarflow_secret-of-limited",

@@ -69,7 +69,14 @@ def test_posteriors_are_those_of_the_model(client: httpx.Client, models: Path, n
         assert image["log_marginal"] == pytest.approx(float(expected.log_marginal_B[i]), rel=1e-5, abs=1e-3)
         assert image["log_likelihood_no_class"] == pytest.approx(float(no_class[i]), rel=1e-5, abs=1e-3)
         assert image["warnings"] == []
-    protocol = {"noise": noise.kind, "sigma": noise.std, "draws": draws, "seed": 9, "meaning": noise.meaning}
+    protocol = {
+        "noise": noise.kind,
+        "space": "pixels",
+        "sigma": noise.std,
+        "draws": draws,
+        "seed": 9,
+        "meaning": noise.meaning,
+    }
     assert [image["protocol"] for image in got] == [protocol] * 2
 
 

@@ -25,7 +25,9 @@ def envelope(response: httpx.Response) -> dict[str, Any]:
     return body["error"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v1/sample/more", "/v1/models/a/b", "/v1/%ED%A0%80"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/v1", "/v1/nothing", "/v1/sample/more", "/v1/models/a/b", "/v1/%ED%A0%80"]
+)
 def test_404(client: httpx.Client, path: str) -> None:
     response = client.get(path)
     assert response.status_code == 404

@@ -36,6 +36,14 @@ def test_metrics_are_valid_and_each_family_is_there_once(client: httpx.Client) -
         "tarflow_queue_depth",
         "tarflow_queue_cost",
         "tarflow_queue_oldest_seconds",
+        "tarflow_queue_callers",
+        "tarflow_broker_up",
+        "tarflow_build_info",
+        "tarflow_jobs",
+        "tarflow_jobs_reclaimed",
+        "tarflow_dead_letters",
+        "tarflow_worker_info",
+        "tarflow_worker_start_time_seconds",
         "tarflow_jobs_running",
         "tarflow_workers_ready",
         "tarflow_worker_restarts",
@@ -71,6 +79,7 @@ def test_outcomes_are_counted(client: httpx.Client, server: ServerProcess) -> No
         return server.metric("tarflow_requests_total", op="sample", outcome=outcome, model=model)
 
     ok, refused, unknown = count("ok", "tiny-cond"), count("invalid", "tiny-cond"), count("invalid", "")
+    server.settle()
     waits = server.metric("tarflow_queue_wait_seconds_count", op="sample", model="tiny-cond")
     client.post("/v1/sample", json={"model": "tiny-cond"})
     client.post("/v1/sample", json={"model": "tiny-cond", "class": "wolf"})
@@ -80,6 +89,7 @@ def test_outcomes_are_counted(client: httpx.Client, server: ServerProcess) -> No
     assert count("ok", "tiny-cond") == ok + 1
     assert count("invalid", "tiny-cond") == refused + 1
     assert count("invalid", "") == unknown + 3
-    assert server.metric("tarflow_queue_wait_seconds_count", op="sample", model="tiny-cond") == waits + 1
+    name, labels = "tarflow_queue_wait_seconds_count", {"op": "sample", "model": "tiny-cond"}
+    wait_until(lambda: server.metric(name, **labels) == waits + 1, "the worker has told of the wait")
     # What callers make up never becomes a label.
     assert server.metric("tarflow_requests_total", model="nobody") == 0

@@ -72,7 +72,14 @@ def test_scores_are_those_of_the_model(client: httpx.Client, models: Path, name:
         assert spreads == [None, None]
     else:
         assert spreads == pytest.approx(by_draw.std(dim=0).tolist(), rel=1e-3, abs=1e-2)
-    protocol = {"noise": noise.kind, "sigma": noise.std, "draws": draws, "seed": 9, "meaning": noise.meaning}
+    protocol = {
+        "noise": noise.kind,
+        "space": "pixels",
+        "sigma": noise.std,
+        "draws": draws,
+        "seed": 9,
+        "meaning": noise.meaning,
+    }
     assert [image["protocol"] for image in got] == [protocol] * 2
 
 

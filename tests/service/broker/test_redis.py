@@ -14,11 +14,12 @@ from unittest.mock import AsyncMock
 import numpy as np
 import pytest
 
-from service.broker.base import BrokerGone, Command, Limits, Terms
+from service.broker.base import BrokerGone, Command, Ending, Limits, Terms
 from service.broker.redis.api import RedisBroker
 from service.broker.redis.keys import name_of
+from service.broker.redis.records import stats_of
 from service.broker.redis.worker import RedisWorkerBroker
-from service.errors import Canceled, Overloaded, TimedOut, Unavailable, WorkerLost
+from service.errors import Canceled, InternalError, Overloaded, TimedOut, Unavailable, WorkerLost
 from service.jobs import JobResult, JobState, Lane, Op, WorkerInfo
 from tests.service.broker.conftest import AMPLE, held, info, job, result
 from tests.service.broker.redis_server import RedisServer
@@ -296,6 +297,23 @@ async def test_the_list_of_a_callers_jobs_stays_short_if_nobody_looks(
                 await broker.cancel(f"{number}")
         assert client.zrange(name, 0, 1) == [b"0", b"1"]
         assert client.zcard(name) < 60
+
+
+async def test_a_job_ends_and_is_counted_whatever_its_error_says(replica: Replica, new_worker: NewWorker) -> None:
+    broker, worker = replica(), new_worker()
+    await broker.start()
+    await broker.submit(job("a"), DETACHED)
+    [got] = worker.claim(LANES, 1, 0)
+    # Python writes and reads half a surrogate pair as JSON, the scripts' library refuses it.
+    assert worker.fail(got, InternalError("a text with \udcff in it"))
+    with pytest.raises(InternalError):
+        await broker.wait("a", 5.0)
+    assert (await broker.stats()).ended == {Ending("m", Op.SAMPLE, "error"): 1}
+
+
+def test_what_a_later_version_counts_is_passed_over() -> None:
+    counters = [b"ended:paint:completed:m", b"1", b"ended:sample:completed:m", b"2"]
+    assert stats_of([counters, 0, 0]).ended == {Ending("m", Op.SAMPLE, "ok"): 2}
 
 
 async def test_prefixes_are_apart(redis_server: RedisServer, replica: Replica, new_worker: NewWorker) -> None:

@@ -187,6 +187,7 @@ class Alike(RuleBasedStateMachine):
         assert (theirs.waiting_cost, theirs.callers, theirs.reclaimed, theirs.dead) == (
             *(ours.waiting_cost, ours.callers, ours.reclaimed, ours.dead),
         )
+        assert theirs.ended == ours.ended
         for caller in ("", "a", "b", "c"):
             places = [
                 [(s.id, s.state, s.attempt, s.position) for s in self.runner.run(broker.jobs(caller))]

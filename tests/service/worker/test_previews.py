@@ -103,7 +103,7 @@ def test_a_draft_is_shown_and_its_polish_is_not(tiny: LoadedModel) -> None:
 
 def test_nothing_is_made_for_nobody(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     cohort = Cohort(tiny, [Part.whole(sample("a", tiny, [1], 0)), Part.whole(sample("b", tiny, [2], 0))])
-    monkeypatch.setattr(cohort, "_to_pixels", lambda _: pytest.fail("nobody asked"))
+    monkeypatch.setattr(LoadedModel, "pixels", lambda *_: pytest.fail("nobody asked"))
     while cohort.fraction < 1 and cohort.stage != "denoise":
         cohort.advance()
         assert cohort.previews() == []

@@ -1,6 +1,7 @@
 -- worker, owner, most rows, how many lanes, the lanes, the models
 --
--- Answers with the doorbell's last id, and id, op, model, rows, cost, attempt, whether detached, and payload of each job.
+-- Answers with the doorbell's last id, and id, op, model, rows, cost, attempt, whether detached, the milliseconds
+-- that it has waited where this is its first worker, or '', the request's id, and payload of each job.
 local worker, owner, max_rows, lanes = arg(1), arg(2), tonumber(arg(3)), tonumber(arg(4))
 go_on_when_full()
 local registered = call('HGET', P .. 'worker:' .. worker, 'owner')
@@ -41,12 +42,14 @@ for i = 1, lanes do
       dequeue(job)
       call('ZADD', LEASES, now + LEASE, job.id)
       call('HINCRBY', STATE, 'running:' .. job.op, 1)
+      local waited = job.started == '' and now - job.created or ''
       call('HSET', job.key, 'state', 'running', 'owner', owner, 'started', job.started ~= '' and job.started or now)
       took(lane, tonumber(job.start))
       if job.detached == '1' then event(job.id, 'started', '{"attempt": ' .. job.attempt .. '}') end
       rows = rows + job.rows
-      jobs[#jobs + 1] = {job.id, job.op, job.model, job.rows, job.cost, job.attempt, job.detached,
-        call('HGET', job.key, 'payload')}
+      local rest = call('HMGET', job.key, 'request', 'payload')
+      jobs[#jobs + 1] = {job.id, job.op, job.model, job.rows, job.cost, job.attempt, job.detached, waited,
+        rest[1] or '', rest[2]}
       if lost then break end
     end
   end

@@ -48,6 +48,15 @@ local function drop_lease(job)
   call('HINCRBY', STATE, 'running:' .. job.op, -1)
 end
 
+-- Counted by the name of the error and its code: what they come to is no business of Redis. Texts that cjson cannot read
+-- are counted by the state: a job must end whatever its error says.
+local function count_end(job, state, error)
+  local how = state
+  local known, wire = pcall(cjson.decode, error or '')
+  if known then how = tostring(wire.error) .. '/' .. tostring(wire.code) end
+  call('HINCRBY', STATE, 'ended:' .. job.op .. ':' .. how .. ':' .. job.model, 1)
+end
+
 -- Ends a job: its result or error stays for as long as its caller wanted, and all who wait are told.
 local function finish(job, state, error, result, token)
   if job.state == 'queued' then dequeue(job) else drop_lease(job) end
@@ -58,6 +67,7 @@ local function finish(job, state, error, result, token)
   call('HDEL', job.key, 'payload', 'owner')
   call('HSET', job.key, 'state', state, 'ended', now, 'expires', now + keep, 'token', token or '')
   if error then call('HSET', job.key, 'error', error) end
+  count_end(job, state, error)
   if result then call('HSET', job.key, 'result', result, 'progress', 1) end
   call('PEXPIRE', job.key, keep)
   if job.idempotency ~= '' then

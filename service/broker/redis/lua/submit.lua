@@ -1,6 +1,6 @@
 -- id, op, lane, model, rows, cost, caller, priority, weight, timeout, keep, detached, replica, key of the idempotency
 -- mapping or '', fingerprint, caller's list, most waiting cost, most of one caller, most that this caller has
--- open, payload, recipe or ''
+-- open, payload, recipe or '', id of the request or ''
 --
 -- May be sent again with the same id when the answer was lost.
 local id, cost, caller, detached, replica = arg(1), tonumber(arg(6)), arg(7), arg(12), arg(13)
@@ -35,6 +35,7 @@ call('HSET', key, 'state', 'queued', 'op', arg(2), 'lane', arg(3), 'model', arg(
   'idempotency', idempotency, 'inboxes', inboxes, 'progress', 0, 'payload', arg(20))
 call('ZADD', DEADLINES, now + arg(10), id)
 if arg(21) ~= '' then call('HSET', key, 'recipe', arg(21)) end
+if arg(22) ~= '' then call('HSET', key, 'request', arg(22)) end
 if idempotency ~= '' then call('SET', idempotency, id .. ' ' .. arg(15)) end
 if detached == '1' then
   event(id, 'queued')

@@ -1,0 +1,1 @@
+"""Codecs: what turns images into what a flow models, and back."""

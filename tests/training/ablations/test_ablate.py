@@ -1,0 +1,256 @@
+"""The ablations at toy size: equal budgets, nothing done twice, honest outcomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from model.config import NoiseProtocol, SamplingDefaults
+from model.flow import Flow
+from training.ablations.measure import draw_samples
+from training.ablations.plan import BASE, Claim, Scale, make_plan, parse_budget
+from training.ablations.report import loss_outcome, outcome, spearman, study_outcome
+from training.ablations.run import Measured, snapshot_steps
+from training.baselines.channel_coupling import ChannelCouplingFlow
+from training.cli import app
+from training.config import TrainConfig
+from training.data import Images
+from training.features import EXTRACTORS, Extractor
+
+TOY = ["--width", "16", "--head-dim", "8", "--depth", "2", "--batch-size", "8", "--image-size", "8",
+       "--num-samples", "40", "--scored-images", "20", "--reference-images", "60", "--components", "8"]  # fmt: skip
+BUDGET = ["--budget", "40 steps"]
+
+
+@pytest.fixture(autouse=True)
+def _means_as_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real extractor has tests of its own; here the features of 8x8 images are means of 2x2 pixels."""
+
+    def extract(pixels: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(pixels.float(), 2).flatten(1)
+
+    means = Extractor(name="means", num_features=16, extract=extract)
+    monkeypatch.setitem(EXTRACTORS, "efficientnet-lite0", lambda device: means)
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_images: Callable[..., Images], write_idx: Callable[..., Path]) -> Path:
+    write_idx(tmp_path / "squares", make_images(64))
+    return write_idx(tmp_path / "squares", make_images(60, seed=1), "t10k")
+
+
+def ablate(data: Path, out: Path, *options: object, status: int = 0) -> str:
+    result = CliRunner().invoke(app, ["ablate", "--data", str(data), "--out", str(out), *TOY, *map(str, options)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def document(out: Path) -> dict[str, Any]:
+    content = json.loads((out / "ablation.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def test_all_rows_have_equal_budgets_and_stand_beside_the_papers_order(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ablate(data, out, *BUDGET)
+    found = document(out)
+    trained = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/training.json")}
+    assert {facts["steps"] for facts in trained.values()} == {40}
+    assert {study["name"] for study in found["studies"]} == {
+        "volume", "coupling", "depth", "denoising", "noise", "size", "guidance"
+    }  # fmt: skip
+    # Every row of every study is measured, on a flow of its own or on a shared one.
+    rows = found["rows"]
+    assert {name for study in found["studies"] for name in study["rows"]} == rows.keys()
+    assert {"depth-1x4", "depth-4x1", "uniform", "channel-coupling", "guidance-linear-2"} < rows.keys()
+    assert all(row["samples"] == 40 for row in rows.values())
+    same = {BASE, "depth-1x4", "depth-4x1", "volume-preserving", "uniform", "sigma-0.05"}
+    layers = {name: rows[name]["parameters"] for name in same}
+    assert layers["uniform"] == layers["sigma-0.05"] == layers[BASE] > layers["volume-preserving"]
+    assert rows["width-double"]["parameters"] > rows[BASE]["parameters"] > rows["width-half"]["parameters"]
+    # Rows that share a flow have the same likelihood, and other samples.
+    assert rows["sigma-0.1-raw"]["bits_per_dim"] == rows[BASE]["bits_per_dim"]
+    assert rows["sigma-0.1-raw"]["distance"]["value"] != rows[BASE]["distance"]["value"]
+    outcomes = {claim["outcome"] for study in found["studies"] for claim in study["claims"]}
+    assert outcomes <= {"agrees", "disagrees", "within noise"}
+    loss = found["loss"]
+    assert len(loss["points"]) >= 8
+    # The last snapshot is the finished flow.
+    assert loss["points"][-1]["bits_per_dim"] == pytest.approx(rows[BASE]["bits_per_dim"], abs=1e-6)
+    bits = [point["bits_per_dim"] for point in loss["points"]]
+    assert bits[0] > bits[-1]
+    report = (out / "ablation.md").read_text()
+    for study in found["studies"]:
+        assert f"## {study['title']}" in report
+        assert f"| {study['title']} | {study['paper']} | {study['outcome']} |" in report
+    assert f"Spearman's ρ {loss['spearman']:.2f}" in report
+    picture = ElementTree.fromstring((out / "loss.svg").read_text())  # noqa: S314 - our own
+    assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == len(loss["points"])
+
+
+def test_what_is_finished_is_not_done_again_and_other_scales_are_refused(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = ablate(data, out, *BUDGET, "--rows", "volume")
+    assert "base: step 0 of 40" in first
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/rows/*.json")}
+    again = ablate(data, out, *BUDGET, "--rows", "volume, coupling")
+    assert "channel-coupling: step 0 of 40" in again
+    assert "base: step" not in again
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    report = (out / "ablation.md").read_text()
+    assert "| uniform | uniform dequantization | | | not measured | | |" in report
+    # More samples are measured on the same flow.
+    more = ablate(data, out, *BUDGET, "--rows", BASE, "--num-samples", "50")
+    assert "base: step" not in more
+    assert document(out)["rows"][BASE]["samples"] == 50
+    error = ablate(data, out, "--budget", "41 steps", status=2)
+    assert "another images (320 there, 328 here)" in error.replace("\n", " ")
+
+
+def test_the_command_ends_on_a_signal_and_continues_exactly(data: Path, tmp_path: Path) -> None:
+    budget = ["--budget", "200 steps"]
+    ablate(data, tmp_path / "whole", *budget, "--rows", "volume-preserving")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "training", "ablate", "--data", str(data), "--out", str(out), *TOY, *budget]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--rows", "volume-preserving"], stdout=subprocess.PIPE, env=environment)
+    log = out / "volume-preserving" / "log.jsonl"
+    while not (log.is_file() and log.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    # Where it was done training before the signal came, the signal ended it as it measured.
+    assert process.returncode in (0, -signal.SIGTERM)
+    if b"stopped" in output:
+        assert not (out / "volume-preserving" / "training.json").exists()
+    assert "volume-preserving: distance" in ablate(data, out, *budget, "--rows", "volume-preserving")
+    rows = [document(path)["rows"]["volume-preserving"] for path in (tmp_path / "whole", out)]
+    for name in ("bits_per_dim", "distance", "samples_not_finite"):
+        assert rows[0][name] == rows[1][name]
+
+
+def test_a_training_that_diverges_is_a_result(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ablate(data, out, "--budget", "200 steps", "--rows", "volume", "--learning-rate", "1e30")
+    rows = document(out)["rows"]
+    assert "diverged" in rows[BASE]
+    assert "diverged at step" in (out / "ablation.md").read_text()
+
+
+def test_mistakes_are_refused(data: Path, tmp_path: Path) -> None:
+    for options, message in (
+        (("--rows", "volumes"), "rows: got 'volumes', allowed is volume, coupling"),
+        (("--budget", "an hour"), "budget: got 'an hour', allowed is a number of images or steps"),
+        (("--budget", "7 images"), "allowed is at least one step, that is 8 images"),
+        (("--width", "12"), "width: got 12"),
+    ):
+        assert message in ablate(data, tmp_path / "out", *options, status=2)
+    assert not (tmp_path / "out" / BASE).exists()
+    assert parse_budget("400 steps", 64) == 25_600
+    assert parse_budget("1_000images", 8) == 1000
+
+
+def test_every_row_differs_from_the_base_in_one_thing() -> None:
+    plan = make_plan(Scale(), image_size=28, channels=1, class_names=[str(i) for i in range(10)], num_images=60_000)
+    base = plan.trainings[BASE].config
+    for training in plan.trainings.values():
+        config = training.config
+        assert config.optimization == base.optimization
+        changed = [key for key, value in config.to_dict().items() if value != base.to_dict()[key] and key != "name"]
+        different = {key for key in vars(config.flow) if getattr(config.flow, key) != getattr(base.flow, key)}
+        if training.name.startswith("depth"):
+            assert different == {"num_blocks", "layers_per_block"}
+            assert sum(config.flow.layer_counts) == sum(base.flow.layer_counts)
+        elif training.name != BASE:
+            assert len(changed) + (training.architecture == "channel") == 1
+            assert len(different) <= 1
+    stacks = {(t.config.flow.num_blocks, t.config.flow.layers_per_block) for t in plan.trainings.values()}
+    assert stacks == {(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)}
+    assert len(snapshot_steps(400, 10)) == 10
+    assert snapshot_steps(400, 10)[-1] == 400
+
+
+def measured(value: float | None, bits: float = 1.0) -> Measured:
+    """A row whose distance has a standard error of about one."""
+    spread = np.linspace(-1, 1, 20)
+    pseudo = [] if value is None else (value + spread * np.sqrt(20) / spread.std(ddof=1)).tolist()
+    content = {"value": value, "uncorrected": value, "pseudo_values": pseudo}
+    return Measured(name="row", content={"bits_per_dim": bits, "distance": None if value is None else content})
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "expected"),
+    [(10, 30, "agrees"), (30, 10, "disagrees"), (10, None, "agrees"), (None, 10, "disagrees"),
+     (None, None, "within noise")],
+)  # fmt: skip
+def test_outcomes_follow_the_difference(better: float | None, worse: float | None, expected: str) -> None:
+    rows = {"a": measured(better), "b": measured(worse)}
+    assert outcome(Claim(better="a", worse="b"), rows)[0] == expected
+    assert outcome(Claim(better="a", worse="c"), rows)[0] == "not measured"
+
+
+def test_an_order_counts_beyond_two_standard_errors_only() -> None:
+    random = np.random.default_rng(0)
+    base = measured(0)
+    for gap, expected in ((1.5, "within noise"), (-1.5, "within noise"), (2.5, "agrees"), (-2.5, "disagrees")):
+        noise = random.permutation(np.linspace(-1, 1, 20))
+        pseudo = noise * np.sqrt(20) / noise.std(ddof=1) + gap
+        own = np.array(base.content["distance"]["pseudo_values"])
+        content = {"uncorrected": gap, "pseudo_values": (own + pseudo).tolist()}
+        other = Measured(name="row", content={"distance": content})
+        assert outcome(Claim(better="a", worse="b"), {"a": base, "b": other})[0] == expected
+
+
+def test_a_study_is_judged_by_all_its_claims() -> None:
+    assert study_outcome(["agrees", "agrees"]) == "agrees"
+    assert study_outcome(["agrees", "within noise"]) == "agrees in part, the rest within noise"
+    assert study_outcome(["agrees", "disagrees"]) == "disagrees in part"
+    assert study_outcome(["disagrees"]) == "disagrees"
+    assert study_outcome(["agrees", "not measured"]) == "not all measured"
+
+
+def test_spearmans_correlation_is_of_ranks() -> None:
+    together = [measured(value**3, bits=value) for value in range(1, 11)]
+    assert spearman(together) == pytest.approx(1)
+    assert loss_outcome(together) == "agrees"
+    apart = [measured(-value, bits=value) for value in range(1, 11)]
+    assert (spearman(apart), loss_outcome(apart)) == (pytest.approx(-1), "disagrees")
+    assert loss_outcome(together[:7]) == "not measured"
+    assert spearman(together[:2]) is None
+    # Ties: scipy.stats.spearmanr([1, 2, 2, 3], [1, 3, 2, 4]).
+    tied = [measured(d, bits=b) for b, d in ((1, 1), (2, 3), (2, 2), (3, 4))]
+    assert spearman(tied) == pytest.approx(0.9486832980505138)
+
+
+def test_samples_that_are_not_finite_are_counted_and_left_out(config: TrainConfig) -> None:
+    noise, seeds = NoiseProtocol(kind="gaussian", std=0.1), range(20)
+    torch.manual_seed(0)
+    for flow in (Flow(config.flow), ChannelCouplingFlow(config.flow)):
+        for denoise in (False, True):
+            drawn = draw_samples(flow.eval(), noise, SamplingDefaults(denoise=denoise), seeds, [0, 1] * 10)
+            assert (len(drawn.pixels), drawn.not_finite) == (20, 0)
+    # Scales that depend on the values before them run away for some latents.
+    flow = Flow(config.flow)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=4.0)
+    drawn = draw_samples(flow.eval(), noise, SamplingDefaults(), seeds, [0, 1] * 10)
+    assert drawn.not_finite > 0
+    assert len(drawn.pixels) == 20 - drawn.not_finite

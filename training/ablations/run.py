@@ -1,0 +1,339 @@
+"""Train and measure what a plan says, row by row; what is finished is not done again.
+
+In the directory of an ablation every training has a run directory, with a checkpoint from which it continues, and in
+its ``rows/`` a JSON document for every row that is measured on it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.config import NoiseProtocol, SamplingDefaults, check
+from model.flow import Flow
+from training.ablations.measure import Ruler, draw_samples, figure_from_json, figure_json, make_ruler, sample_labels
+from training.ablations.plan import BASE, Plan, Row, Scale, Training, make_plan
+from training.baselines.channel_coupling import ChannelCouplingFlow
+from training.classes import class_names
+from training.data import Images, epoch_order
+from training.evaluate import estimate, finite, score_images
+from training.features import load_extractor
+from training.frechet import COMPONENTS, Figure
+from training.log import RunLog
+from training.run import stop_on_signals
+from training.trainer import StepReport, Trainer, TrainingDiverged
+
+ROWS, SNAPSHOT_ROWS, SNAPSHOTS, DIVERGED = "rows", "snapshots/rows", "snapshots", "diverged.json"
+LOSS = "loss"
+"""Name under which ``--rows`` knows the snapshots of the base run."""
+SECONDS_PER_LINE = 60.0
+
+
+class Stopped(Exception):
+    """The ablation was asked to end; the same command continues it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions:
+    """What is measured; see :class:`~training.ablations.plan.Scale` for what is trained."""
+
+    scale: Scale = field(default_factory=Scale)
+    """Size and budget of every training."""
+    rows: tuple[str, ...] = ()
+    """Names of the rows, ``loss`` for the snapshots, or names of studies; everything if empty."""
+    num_samples: int = 500
+    """Samples of every row."""
+    scored_images: int = 1000
+    """Test images whose bits/dim are measured."""
+    reference_images: int = 5000
+    """Real test images that samples are compared with, at most."""
+    components: int = COMPONENTS
+    """Principal components of the features that distances are measured in."""
+    extractor: str = "efficientnet-lite0"
+    """Name of the features' extractor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A row of the table, or a point of the base run."""
+
+    name: str
+    content: dict[str, Any]
+    """What its JSON document says."""
+
+    @property
+    def figure(self) -> Figure | None:
+        """Distance of its samples; None where the training diverged or too few samples are finite."""
+        return figure_from_json(self.content.get("distance"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """Everything that is measured so far."""
+
+    plan: Plan
+    options: AblationOptions
+    data_name: str
+    features: str
+    """How the distances are called."""
+    rows: dict[str, Measured]
+    """By name."""
+    points: tuple[Measured, ...]
+    """The base run's snapshots, the first steps first."""
+
+
+def chosen_rows(plan: Plan, names: Sequence[str]) -> tuple[list[Row], bool]:
+    """The rows with these names, and whether the snapshots are among them; ``ValueError`` for an unknown name."""
+    studies = {study.name: study.rows for study in plan.studies}
+    wanted: set[str] = set()
+    for name in names:
+        allowed = ", ".join([*studies, LOSS, *plan.rows])
+        check(name in plan.rows or name in studies or name == LOSS, "rows", name, allowed)
+        wanted.update(studies.get(name, (name,)))
+    rows = [row for row in plan.rows.values() if not names or row.name in wanted]
+    return rows, not names or LOSS in wanted
+
+
+def run_ablation(
+    data_name: str,
+    train: Images,
+    test: Images,
+    out: Path,
+    options: AblationOptions,
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
+    report: Callable[[Ablation], None] = lambda ablation: None,
+) -> Ablation:
+    """Train and measure; ``report`` is given what there is after every row.
+
+    Raises ``ValueError`` for options that do not fit, :class:`Stopped` when a signal asked for it.
+    """
+    shape = train.pixels.shape
+    names = class_names(train)
+    plan = make_plan(
+        options.scale,
+        image_size=shape[2],
+        channels=shape[1],
+        class_names=names if len(names) > 1 else (),
+        num_images=len(train),
+    )
+    rows, with_points = chosen_rows(plan, options.rows)
+    out.mkdir(parents=True, exist_ok=True)
+    _check_scale(out / "scale.json", options.scale)
+    bench = _Bench(options, plan, train, test, out, device, say)
+    report(bench.collected(data_name))
+    needed = {row.training for row in rows} | ({BASE} if with_points else set())
+    for training in plan.trainings.values():
+        if training.name not in needed:
+            continue
+        flow = bench.train(training)
+        for row in rows:
+            if row.training == training.name:
+                bench.measure(row, flow)
+                report(bench.collected(data_name))
+        if training.name == BASE and with_points and flow is not None:
+            for step in snapshot_steps(options.scale.steps, training.snapshots):
+                bench.measure_snapshot(training, step)
+            report(bench.collected(data_name))
+    return bench.collected(data_name)
+
+
+def snapshot_steps(total: int, count: int) -> list[int]:
+    """Steps with equal ratios, the last one the whole run: loss falls fastest at first."""
+    first = max(1.0, total / 2 ** ((count - 1) / 2))
+    return sorted({round(first * (total / first) ** (i / max(1, count - 1))) for i in range(count)})
+
+
+def _check_scale(path: Path, scale: Scale) -> None:
+    """Rows of different budgets do not belong in one table."""
+    content = asdict(scale)
+    if path.is_file():
+        found = json.loads(path.read_text())
+        differing = [f"{k} ({found.get(k)!r} there, {v!r} here)" for k, v in content.items() if found.get(k) != v]
+        if differing:
+            raise ValueError(
+                f"{path.parent}: holds an ablation with another {', '.join(differing)}; choose another --out"
+            )
+    else:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@dataclass
+class _Bench:
+    """What all rows share."""
+
+    options: AblationOptions
+    plan: Plan
+    train_images: Images
+    test: Images
+    out: Path
+    device: torch.device
+    say: Callable[[str], None]
+    _ruler: Ruler | None = None
+
+    def ruler(self) -> Ruler:
+        """Made when first asked for: a run whose rows are all finished needs none."""
+        if self._ruler is None:
+            options = self.options
+            kept = epoch_order(len(self.test), seed=0, epoch=0)[: options.reference_images]
+            real = Images(self.test.pixels[kept], self.test.labels[kept])
+            self.say(f"features of {len(real):,} real images")
+            extractor = load_extractor(options.extractor, self.device)
+            cache = self.out / "reference.safetensors"
+            ruler = make_ruler(extractor, real, options.components, cache, lambda count: None)
+            least = ruler.reference.min_samples
+            check(options.num_samples >= least, "num_samples", options.num_samples, f"an integer >= {least}")
+            self._ruler = ruler
+        return self._ruler
+
+    def train(self, training: Training) -> Flow | None:
+        """The averaged flow at the end of the run, which is finished first; None for one that diverged."""
+        directory = self.out / training.name
+        if (directory / DIVERGED).is_file():
+            return None
+        build = ChannelCouplingFlow if training.architecture == "channel" else Flow
+        trainer = Trainer(training.config, self.train_images, directory, self.device, build)
+        if trainer.step < trainer.total_steps:
+            self.say(f"{training.name}: step {trainer.step} of {trainer.total_steps}")
+            try:
+                complete = self._train(trainer, training, directory)
+            except TrainingDiverged as error:
+                (directory / DIVERGED).write_text(json.dumps({"step": trainer.step, "why": str(error)}) + "\n")
+                return None
+            if not complete:
+                raise Stopped
+        facts = {"steps": trainer.step, "skipped_steps": trainer.skipped_steps, "seconds": round(trainer.seconds, 1)}
+        (directory / "training.json").write_text(json.dumps(facts) + "\n")
+        return trainer.averaged_flow()
+
+    def _train(self, trainer: Trainer, training: Training, directory: Path) -> bool:
+        steps = set(snapshot_steps(trainer.total_steps, training.snapshots)) if training.snapshots else set()
+        last_line = time.monotonic()
+        with RunLog(directory, trainer.step) as log, stop_on_signals(trainer):
+
+            def observe(report: StepReport) -> None:
+                nonlocal last_line
+                log.record(report)
+                if report.step in steps:
+                    path = _snapshot(directory, report.step)
+                    path.parent.mkdir(exist_ok=True)
+                    part = path.with_suffix(".part")
+                    save_file({k: v.contiguous() for k, v in trainer.averaged_flow().state_dict().items()}, part)
+                    part.replace(path)
+                if time.monotonic() - last_line > SECONDS_PER_LINE:
+                    last_line = time.monotonic()
+                    self.say(
+                        f"{training.name}: step {report.step} of {report.total_steps}, "
+                        f"{report.bits_per_dim:.3f} bits/dim, {report.images_per_second:.0f} images/s"
+                    )
+
+            return trainer.run(observe)
+
+    def measure(self, row: Row, flow: Flow | None) -> None:
+        """Measure a row, unless that is done."""
+        training = self.plan.trainings[row.training]
+        key = self._key(training, row.sampling)
+        path = self.out / training.name / ROWS / f"{row.name}.json"
+        if self._is_done(path, key):
+            return
+        if flow is None:
+            content = {"key": key, "diverged": json.loads((self.out / training.name / DIVERGED).read_text())}
+        else:
+            facts = json.loads((self.out / training.name / "training.json").read_text())
+            content = {"key": key, **self._measured(flow, training.config.noise, row.sampling), "training": facts}
+        self._write(path, row.name, content)
+
+    def measure_snapshot(self, training: Training, step: int) -> None:
+        """Measure the base run as it was after this step, unless that is done."""
+        directory = self.out / training.name
+        sampling = self.plan.rows[training.name].sampling
+        key = {**self._key(training, sampling), "step": step}
+        path = directory / SNAPSHOT_ROWS / f"step_{step:06d}.json"
+        if self._is_done(path, key):
+            return
+        flow = Flow(training.config.flow).to(self.device)
+        flow.load_state_dict(load_file(_snapshot(directory, step), device=str(self.device)))
+        flow.eval().requires_grad_(False)
+        content = {"key": key, "step": step, **self._measured(flow, training.config.noise, sampling)}
+        self._write(path, f"{training.name} after {step} steps", content)
+
+    def _measured(self, flow: Flow, noise: NoiseProtocol, sampling: SamplingDefaults) -> dict[str, Any]:
+        options, ruler = self.options, self.ruler()
+        scored = self.test.part(None, options.scored_images)
+        bits = score_images(flow, scored, noise, conditional=bool(flow.config.num_classes))
+        labels = sample_labels(flow, self.test.labels, options.num_samples)
+        drawn = draw_samples(flow, noise, sampling, range(options.num_samples), labels)
+        bits_per_dim = estimate(finite(bits))
+        return {
+            "parameters": sum(p.numel() for p in flow.parameters()),
+            "bits_per_dim": _number(bits_per_dim.mean),
+            "bits_standard_error": _number(bits_per_dim.standard_error),
+            "bits_not_finite": len(bits) - len(finite(bits)),
+            "distance": figure_json(ruler.measure(drawn.pixels)),
+            "samples": options.num_samples,
+            "samples_not_finite": drawn.not_finite,
+            "sampling_seconds": round(drawn.seconds, 2),
+        }
+
+    def _key(self, training: Training, sampling: SamplingDefaults) -> dict[str, Any]:
+        """What a measurement depends on, beside the scale that the whole directory has."""
+        options = self.options
+        return {
+            "noise": training.config.noise.to_dict(),
+            "sampling": sampling.to_dict(),
+            "num_samples": options.num_samples,
+            "scored_images": options.scored_images,
+            "reference_images": options.reference_images,
+            "features": f"{options.extractor}/pca{options.components}",
+        }
+
+    @staticmethod
+    def _is_done(path: Path, key: dict[str, Any]) -> bool:
+        return path.is_file() and json.loads(path.read_text())["key"] == key
+
+    def _write(self, path: Path, name: str, content: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        part.replace(path)
+        distance = content.get("distance")
+        shown = "none" if distance is None else f"{distance['value']:.1f} ± {distance['standard_error']:.1f}"
+        self.say(f"{name}: distance {shown}")
+
+    def collected(self, data_name: str) -> Ablation:
+        """Everything that is measured so far, whichever rows were chosen this time."""
+        rows = {}
+        for row in self.plan.rows.values():
+            path = self.out / row.training / ROWS / f"{row.name}.json"
+            if self._is_done(path, self._key(self.plan.trainings[row.training], row.sampling)):
+                rows[row.name] = Measured(name=row.name, content=json.loads(path.read_text()))
+        points = [
+            Measured(name=path.stem, content=json.loads(path.read_text()))
+            for path in sorted((self.out / BASE / SNAPSHOT_ROWS).glob("step_*.json"))
+        ]
+        options = self.options
+        real = min(options.reference_images, len(self.test))
+        features = (
+            f"Fréchet distance ({options.extractor}/pca{options.components}, {options.num_samples:,} samples against "
+            f"{real:,} real images); not comparable with FID"
+        )
+        return Ablation(
+            plan=self.plan, options=options, data_name=data_name, features=features, rows=rows, points=tuple(points)
+        )
+
+
+def _snapshot(directory: Path, step: int) -> Path:
+    return directory / SNAPSHOTS / f"step_{step:06d}.safetensors"
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None

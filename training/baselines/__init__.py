@@ -1,0 +1,1 @@
+"""Flows to compare a TarFlow with, trained by the same loop."""
