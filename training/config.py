@@ -105,10 +105,12 @@ class Execution(Record):
     """Compile the blocks (torch.compile): faster after some minutes of compiling, at fixed shapes."""
     recompute: bool = False
     """Activation checkpointing: layers are computed again in the backward pass, which saves memory for time."""
+    shard: bool = False
+    """Spread weights, their average and the optimizer over the processes (FSDP2): for flows too large for one GPU."""
 
     def __post_init__(self) -> None:
         _check_count(self, "accumulation", 1)
-        for name in ("compile", "recompute"):
+        for name in ("compile", "recompute", "shard"):
             check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
 
 

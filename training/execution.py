@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from model.flow import Flow
 from training.config import Execution
 from training.processes import Processes
+from training.sharding import shard
 
 
-def prepare(flow: Flow, execution: Execution, processes: Processes) -> Any:
-    """The module whose call is a training pass of ``flow``; the parameters and their names stay the flow's own.
+def prepare(flow: Flow, execution: Execution, device: torch.device, processes: Processes) -> Any:
+    """The module whose call is a training pass of ``flow``; the parameters' names stay the flow's own.
 
-    With several processes the backward pass leaves the mean of their gradients.
+    With several processes the backward pass leaves the mean of their gradients. With shards the flow's parameters are
+    other objects afterwards: an optimizer is made of these.
     """
     if execution.recompute:
         for block in flow.blocks:
@@ -30,4 +35,16 @@ def prepare(flow: Flow, execution: Execution, processes: Processes) -> Any:
             block.compile()
     if processes.size == 1:
         return flow
+    if execution.shard:
+        shard(flow, device, processes)
+        return flow
     return DistributedDataParallel(flow, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def part_of_batch(model: Any, *, is_last: bool) -> AbstractContextManager[None]:
+    """Around a part's passes: gradients travel between processes once, with the last part."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return nullcontext()

@@ -68,13 +68,13 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so in any of them."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set in any of them."""
         if self.size == 1:
-            return flag
-        count = torch.tensor(int(flag))
-        dist.all_reduce(count, group=self.control)
-        return bool(count)
+            return list(flags)
+        counts = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(counts, group=self.control)
+        return [count > 0 for count in counts.tolist()]
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from model.bundle import Bundle, BundleConfig, BundleError, read_bundle
 from model.codecs.autoencoder_kl import AutoencoderKL
 from model.codecs.base import Latents
+from model.flow import Flow
 from model.weights import update_bundle, write_bundle
 from training.card import (
     RunFacts,
@@ -100,28 +101,44 @@ class Run:
         trainer = self.trainer
         if not trainer.processes.is_first:
             with stop_on_signals(trainer):
-                return trainer.run(lambda report: None, self._checkpoint_seconds)
+                return self._follow()
         write_config(self._out, self._config)
         with RunLog(self._out, trainer.step) as log, self._display, stop_on_signals(trainer):
 
             def observe(report: StepReport) -> None:
                 log.record(report)
                 self._display.update(report)
-                due = report.step % self._sample_every == 0 and report.step < report.total_steps
-                if due and self._draw_samples():
-                    self.write_bundle()
+                if self._is_due(report):
+                    flow = trainer.averaged_flow()
+                    if self._draw_samples(flow):
+                        self.write_bundle(flow)
 
             complete = trainer.run(observe, self._checkpoint_seconds)
+            flow = trainer.averaged_flow()
             if complete:
-                self._draw_samples()
-            self.write_bundle()
+                self._draw_samples(flow)
+            self.write_bundle(flow)
         return complete
 
-    def _draw_samples(self) -> bool:
+    def _is_due(self, report: StepReport) -> bool:
+        """Whether samples and a bundle are made after this step, before the end."""
+        return report.step % self._sample_every == 0 and report.step < report.total_steps
+
+    def _follow(self) -> bool:
+        """What the other processes do: train, and give their part of the weights for what the first one writes."""
+
+        def observe(report: StepReport) -> None:
+            if self._is_due(report):
+                self.trainer.averaged_weights()
+
+        complete = self.trainer.run(observe, self._checkpoint_seconds)
+        self.trainer.averaged_weights()
+        return complete
+
+    def _draw_samples(self, flow: Flow) -> bool:
         """Write the present step's sample grid; ``False`` when asked to stop meanwhile."""
         trainer, config = self.trainer, self._config
         path = self._out / SAMPLES / f"step_{trainer.step:06d}.png"
-        flow = trainer.averaged_flow()
         try:
             self._samples_png = write_sample_grid(
                 path,
@@ -136,15 +153,14 @@ class Run:
         self._display.note(f"step {trainer.step}: samples in {SAMPLES}/{path.name}")
         return True
 
-    def write_bundle(self) -> None:
-        """Write ``bundle/`` from the averaged weights.
+    def write_bundle(self, flow: Flow) -> None:
+        """Write ``bundle/`` from the flow with averaged weights.
 
         Only what determines the weights goes into its configuration, so that the same weights keep
         their model id; results of an evaluation and a calibration stay as long as the id does.
         """
         trainer, config = self.trainer, self._config
         directory = self._out / BUNDLE
-        flow = trainer.averaged_flow()
         facts = RunFacts(
             command=self._origin.command,
             data_name=self._origin.data_name,

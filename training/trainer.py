@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +30,10 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.data import Images
-from training.execution import prepare
+from training.execution import part_of_batch, prepare
 from training.optimizer import WeightAverage, bf16_is_faster, learning_rate
 from training.processes import ALONE, ProcessError, Processes
+from training.sharding import gathered, placed, placed_optimizer, whole
 
 MAX_SKIPPED_IN_A_ROW = 50
 PRIOR_RATE = 0.1
@@ -118,14 +118,6 @@ class Trainer:
             raise ProcessError("data: the processes have different training images, allowed is the same for all")
         torch.manual_seed(config.seed)
         self.flow = self._build(config.flow).to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.flow.parameters(),
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-        self.average = WeightAverage(self.flow, options.ema_decay)
         self.step = self.images_seen = self.skipped_steps = 0
         self.seconds = 0.0
         self.stop_requested = False
@@ -139,25 +131,39 @@ class Trainer:
                 self.out.mkdir(parents=True, exist_ok=True)
                 check_space(self.out, self.flow)
         state = processes.from_first(state)
+        if state is not None:
+            self.flow.load_state_dict(state.model)
+        self._model = prepare(self.flow, config.execution, self.device, processes)
+        self.optimizer = torch.optim.AdamW(
+            self.flow.parameters(),
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.average = WeightAverage(self.flow, options.ema_decay)
         if state is None:
             bf16 = bf16_is_faster(self.device) if options.precision == "auto" else options.precision == "bf16"
             self.precision = processes.from_first("bf16" if bf16 else "float32")
         else:
             self.precision = state.precision
             self._restore(state)
-        self._model = prepare(self.flow, config.execution, processes)
 
     def _restore(self, state: TrainState) -> None:
-        self.flow.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
-        self.average.tensors = {k: v.to(self.device) for k, v in state.average.items()}
+        self.optimizer.load_state_dict(placed_optimizer(state.optimizer, self.optimizer))
+        self.average.tensors = {k: placed(state.average[k], like) for k, like in self.average.tensors.items()}
         self.average.updates = state.average_updates
         self.step, self.images_seen, self.seconds = state.step, state.images_seen, state.seconds
         self.skipped_steps = state.skipped_steps
 
     def save(self) -> None:
-        """Write a checkpoint from which this run continues exactly, with any number of processes."""
-        if not self.processes.is_first:
+        """Write a checkpoint from which this run continues exactly, with any number of processes; all call this."""
+        is_first = self.processes.is_first
+        model, optimizer, average = (
+            gathered(content, keep=is_first)
+            for content in (self.flow.state_dict(), self.optimizer.state_dict(), self.average.tensors)
+        )
+        if not is_first:
             return
         state = TrainState(
             config=self.config,
@@ -166,18 +172,24 @@ class Trainer:
             images_seen=self.images_seen,
             seconds=self.seconds,
             skipped_steps=self.skipped_steps,
-            model=self.flow.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            average=self.average.tensors,
+            model=model,
+            optimizer=optimizer,
+            average=average,
             average_updates=self.average.updates,
             data_sha256=self.data_sha256,
         )
         save_checkpoint(self.out, state)
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The averaged weights, whole in the first process; with several processes all call this together."""
+        weights: dict[str, Tensor] = gathered(self.average.tensors, keep=self.processes.is_first)
+        return weights
+
     def averaged_flow(self) -> Flow:
-        """A copy of the flow with the averaged weights: what is evaluated and served."""
+        """A copy of the flow with :meth:`averaged_weights`: what is evaluated and served."""
+        weights = self.averaged_weights()
         flow = self._build(self.config.flow).to(self.device)
-        flow.load_state_dict(self.average.tensors)
+        flow.load_state_dict(weights)
         return flow.eval().requires_grad_(False)
 
     def _loss(self, image_BCHW: Tensor, y_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,8 +210,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.batches.parts(self.step)
         for number, (image_BCHW, y_B) in enumerate(parts):
-            # Gradients travel once, with the last part.
-            with self._model.no_sync() if number < len(parts) - 1 and self.processes.size > 1 else nullcontext():
+            with part_of_batch(self._model, is_last=number == len(parts) - 1):
                 loss, nats, part_TD = self._loss(image_BCHW, y_B)
                 (loss / len(parts)).backward()
             figures += torch.stack([loss.detach(), nats]) / len(parts)
@@ -216,7 +227,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, bits, square_TD = self._gradient()
-        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm)).item()
         # All processes have the same norm and loss, and so come to the same end.
         if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
@@ -243,7 +254,8 @@ class Trainer:
         """
         last_save = time.monotonic()
         self.flow.train()
-        while self.step < self.total_steps and not self.processes.any(self.stop_requested):
+        stop = self.processes.any(self.stop_requested)[0]
+        while self.step < self.total_steps and not stop:
             start = time.monotonic()
             loss, bits, norm, rate = self._train_step()
             elapsed = time.monotonic() - start
@@ -264,7 +276,9 @@ class Trainer:
                     skipped_steps=self.skipped_steps,
                 )
             )
-            if time.monotonic() - last_save >= checkpoint_seconds:
+            due = time.monotonic() - last_save >= checkpoint_seconds
+            stop, save = self.processes.any(self.stop_requested, due)
+            if save:
                 self.save()
                 last_save = time.monotonic()
         self.save()

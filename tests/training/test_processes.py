@@ -104,6 +104,7 @@ def test_two_processes_and_parts_of_a_batch_give_the_same_curve(
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in straight.iterdir())
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_very_weights(
     straight: Path, tmp_path: Path, preset_file: Path, idx_data: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_killed_run_ends_with_the_very_weights(
     assert losses(out) == losses(straight)
 
 
+@pytest.mark.long
 def test_when_one_dies_all_end_and_any_number_continues(
     straight: Path, tmp_path: Path, preset_file: Path, idx_data: Path
 ) -> None:
@@ -137,6 +139,7 @@ def test_when_one_dies_all_end_and_any_number_continues(
     assert losses(other) == pytest.approx(losses(straight), abs=1e-4)
 
 
+@pytest.mark.long
 def test_what_one_is_refused_with_the_first_one_says(tmp_path: Path, preset_file: Path, idx_data: Path) -> None:
     refused = start(tmp_path, preset_file, idx_data, tmp_path / "run", processes=2, HAS_NO_DATA="1")
     assert refused.returncode != 0
@@ -144,10 +147,22 @@ def test_what_one_is_refused_with_the_first_one_says(tmp_path: Path, preset_file
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, preset_file: Path, idx_data: Path) -> None:
-    refused = start(tmp_path, preset_file, idx_data, tmp_path / "run", "--set", "accumulation=3")
-    assert refused.returncode == 2
-    assert (
-        "batch_size: got 8, allowed is a multiple of 3 (1 processes with execution.accumulation = 3)" in refused.stderr
-    )
-    assert not (tmp_path / "run").exists()
+@pytest.mark.long
+def test_shards_of_the_weights_give_the_same_curve_and_whole_checkpoints(
+    straight: Path, tmp_path: Path, preset_file: Path, idx_data: Path
+) -> None:
+    out, again = tmp_path / "shards", tmp_path / "again"
+    options = ("--epochs", "6", "--set", "shard=true", "--set", "accumulation=2")
+    killed = start(tmp_path, preset_file, idx_data, out, *options, processes=2, DIES_AT="17", DIES="0")
+    assert killed.returncode != 0
+    shutil.copytree(out, again)
+    # From the shards of two processes to more shards, and to none at all.
+    for where, processes in ((out, 2), (again, 1)):
+        resumed = start(tmp_path, preset_file, idx_data, where, *options, processes=processes)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "continuing at step 17 of 30" in resumed.stdout
+        assert losses(where) == pytest.approx(losses(straight), abs=1e-4)
+        ours, theirs = checkpoint(where), checkpoint(straight)
+        for part in ("model", "average"):
+            assert {k: v.shape for k, v in ours[part].items()} == {k: v.shape for k, v in theirs[part].items()}
+        assert sorted(path.name for path in where.iterdir()) == sorted(path.name for path in straight.iterdir())
