@@ -10,9 +10,10 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.images import ImageError, fit_image, load_image
+from training import huggingface
 from training.image_cache import DataError, cache_key, cached_pixels
+from training.source import Source
 
 __all__ = ["DataError", "Images", "epoch_order", "load_images"]
 
@@ -108,36 +111,49 @@ def _load_folders(
         paths += files
         labels += [label] * len(files)
     # Files come class by class; in a fixed shuffled order a holdout counted from the end has all classes.
-    order = epoch_order(len(paths), seed=0, epoch=0)
-    shape = (len(paths), channels, image_size, image_size)
+    source = Source(
+        files=paths,
+        root=root,
+        items=lambda: ((str(path), path) for path in paths),
+        labels=np.array(labels, np.int64),
+        class_names=tuple(folder.name for folder in folders),
+    )
+    return decoded(source, image_size, channels, cache, say)
+
+
+def decoded(source: Source, image_size: int, channels: int, cache: Path | None, say: Callable[[str], None]) -> Images:
+    """The source's images, scaled and cropped, in memory or mapped from the cache."""
+    order = epoch_order(len(source.labels), seed=0, epoch=0)
+    shape = (len(source.labels), channels, image_size, image_size)
 
     def fill(pixels: NDArray[np.uint8]) -> None:
-        _decode(paths, np.argsort(order), pixels)
+        _decode(source.items(), np.argsort(order), pixels)
 
     if cache is None:
         pixels = np.empty(shape, np.uint8)
         fill(pixels)
     else:
-        pixels = cached_pixels(cache, cache_key(root, paths, image_size, channels), shape, fill, say)
-    return Images(pixels, np.array(labels, np.int64)[order], tuple(folder.name for folder in folders))
+        pixels = cached_pixels(cache, cache_key(source.root, source.files, image_size, channels), shape, fill, say)
+    return Images(pixels, source.labels[order], source.class_names)
 
 
-def _decode(paths: Sequence[Path], places: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
-    """Decode, scale and crop each file into its place of ``pixels`` (N, C, H, W); the first that cannot be is named."""
+def _decode(items: Iterable[tuple[str, bytes | Path]], places: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
+    """Decode, scale and crop each image into its place of ``pixels`` (N, C, H, W); names the first that cannot be."""
     channels, image_size = pixels.shape[1:3]
 
-    def decode(number: int) -> None:
-        path = paths[number]
+    def decode(place: np.int64, item: tuple[str, bytes | Path]) -> None:
+        name, content = item
         try:
-            image = load_image(path.read_bytes())
+            image = load_image(content if isinstance(content, bytes) else content.read_bytes())
         except (ImageError, OSError) as error:
-            raise DataError(f"{path}: {error}") from error
-        pixels[places[number]] = fit_image(image, image_size, channels).pixels
+            raise DataError(f"{name}: {error}") from error
+        pixels[place] = fit_image(image, image_size, channels).pixels
 
     # Pillow decodes without holding the interpreter: threads are enough.
+    numbered = zip(places, items, strict=True)
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), DECODED_TOGETHER):
-            for _ in pool.map(decode, range(start, min(start + DECODED_TOGETHER, len(paths)))):
+        while some := list(islice(numbered, DECODED_TOGETHER)):
+            for _ in pool.map(decode, *zip(*some, strict=True)):
                 pass
 
 
@@ -154,10 +170,14 @@ def load_images(
     The directory holds IDX files (``train-images-idx3-ubyte[.gz]`` …), or one folder of images per
     class, optionally inside ``train/`` and ``test/``; a folder of images without subfolders is one
     class. Images from folders are scaled and centre-cropped to ``image_size`` and come in a fixed
-    shuffled order, those from IDX files in the file's. With ``cache``, images from folders are decoded once and mapped
-    from there; ``say`` is told what that takes on disk. Raises :class:`DataError` naming the file or
+    shuffled order, those from IDX files in the file's. What Hugging Face's ``datasets`` has saved, or has on its
+    hub as ``hf:owner/name``, is treated as folders are (:mod:`training.huggingface`). With ``cache``, images that
+    are no IDX files are decoded once and mapped from there; ``say`` is told what that takes on disk. Raises
+    :class:`DataError` naming the file or
     folder that cannot be used.
     """
+    if huggingface.is_dataset(directory):
+        return decoded(huggingface.open_source(directory, split), image_size, channels, cache, say)
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory")
     if any(directory.glob("*-images?idx3-ubyte*")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,8 @@ def emoji(
         list[Path] | None,
         typer.Option(
             "--package",
-            help="emoji-datasource-google or -twitter as `npm pack` leaves it; both are fetched if none is given.",
+            help="A file of emoji-datasource-google or -twitter 16.0.0; both are fetched from npm's registry, or from "
+            "that of NPM_CONFIG_REGISTRY, if none is given.",
         ),
     ] = None,
 ) -> None:
@@ -34,9 +36,10 @@ def emoji(
     One emoji in twelve is kept for testing, in both styles and all its skin tones.
     """
     with clear_errors():
-        from training.emoji import fetched, prepare_emoji
+        from training.emoji import REGISTRY, REGISTRY_VARIABLE, fetched, prepare_emoji
 
-        source: AbstractContextManager[list[Path]] = nullcontext(packages) if packages else fetched()
+        registry = os.environ.get(REGISTRY_VARIABLE, REGISTRY)
+        source: AbstractContextManager[list[Path]] = nullcontext(packages) if packages else fetched(registry)
         with source as paths:
             counts = prepare_emoji(paths, out)
         for split, count in counts.items():

@@ -7,18 +7,20 @@ among the training images.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
 import shutil
-import subprocess
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
+from urllib.request import urlopen
 
 from PIL import Image, UnidentifiedImageError
 
@@ -26,8 +28,19 @@ from training.data import DataError
 
 SIZE = 64
 VERSION = "16.0.0"
+REGISTRY = "https://registry.npmjs.org"
+REGISTRY_VARIABLE = "NPM_CONFIG_REGISTRY"
+"""The variable of the environment by which npm is told of another registry."""
+INTEGRITY = {
+    "google": "sha512-ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
+    "twitter": "sha512-7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ==",
+}
+"""The packages' hashes, by style, as npm writes them."""
+PATIENCE_S = 60.0
+"""How long the registry may be silent."""
 LICENCES = {"google": "Apache-2.0 (Google's Noto Emoji)", "twitter": "CC BY 4.0 (Twitter's Twemoji)"}
 """Of the images, by style; the packages' own licence is that of their code."""
+DESCRIPTIONS = ("package/package.json", "package/emoji.json")
 LEFT_OUT = "Component"
 """A category of parts: bare skin tones and hair."""
 TEST_SHARE = 12
@@ -53,26 +66,35 @@ class Picture:
 
 
 @contextmanager
-def fetched() -> Iterator[list[Path]]:
-    """Both packages, fetched by npm into a directory that is removed afterwards; raises :class:`DataError`."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise DataError(
-            "npm is not installed, which fetches the packages; where it is, `npm pack "
-            f"emoji-datasource-google@{VERSION}` makes a file to give as --package"
-        )
+def fetched(registry: str = REGISTRY, integrity: Mapping[str, str] = INTEGRITY) -> Iterator[list[Path]]:
+    """Both packages from npm's registry, in a directory that is removed afterwards.
+
+    Raises :class:`DataError` when one cannot be had, or is not the file whose hash is known.
+    """
     with TemporaryDirectory() as directory:
-        for style in LICENCES:
-            name = f"emoji-datasource-{style}@{VERSION}"
-            done = subprocess.run(  # noqa: S603 - npm by its own path, and constants
-                [npm, "pack", name, "--pack-destination", directory, "--loglevel", "error"],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["it says nothing"]
-                raise DataError(f"npm pack {name} failed: {lines[-1]}")
-        yield sorted(Path(directory).glob("*.tgz"))
+        for style, known in integrity.items():
+            name = f"emoji-datasource-{style}"
+            url = f"{registry.rstrip('/')}/{name}/-/{name}-{VERSION}.tgz"
+            _download(url, Path(directory) / f"{style}.tgz", known)
+        yield [Path(directory) / f"{style}.tgz" for style in integrity]
+
+
+def _download(url: str, path: Path, integrity: str) -> None:
+    if not url.startswith(("https://", "http://")):
+        raise DataError(f"{REGISTRY_VARIABLE}: got {url!r}, allowed is an address that begins with https:// or http://")
+    digest = hashlib.sha512()
+    try:
+        with urlopen(url, timeout=PATIENCE_S) as answer, path.open("wb") as file:  # noqa: S310 - checked above
+            while piece := answer.read(2**20):
+                digest.update(piece)
+                file.write(piece)
+    except (OSError, HTTPException) as error:
+        raise DataError(
+            f"{url}: cannot be fetched ({error}); without a network, fetch it elsewhere and give it as --package"
+        ) from error
+    got = f"sha512-{base64.b64encode(digest.digest()).decode()}"
+    if got != integrity:
+        raise DataError(f"{url}: got a file with {got}, allowed is {integrity}")
 
 
 def prepare_emoji(packages: Sequence[Path], out: Path) -> dict[str, int]:
@@ -104,16 +126,15 @@ def prepare_emoji(packages: Sequence[Path], out: Path) -> dict[str, int]:
 def read_package(package: Path) -> list[Picture]:
     """All pictures of a package; nothing of it is unpacked. Raises :class:`DataError`."""
     try:
-        with tarfile.open(package) as archive:
-            name = str(json.loads(_member(archive, "package/package.json"))["name"])
-            style = name.removeprefix("emoji-datasource-")
-            listed: list[dict[str, Any]] = json.loads(_member(archive, "package/emoji.json"))
-            pictures = [
-                Picture(style, code_point, emoji["category"], emoji["unified"], _member(archive, path))
-                for emoji in listed
-                if emoji["category"] != LEFT_OUT
-                for code_point, path in _images(emoji, style)
-            ]
+        members = _members(package)
+        style = str(json.loads(members["package/package.json"])["name"]).removeprefix("emoji-datasource-")
+        listed: list[dict[str, Any]] = json.loads(members["package/emoji.json"])
+        pictures = [
+            Picture(style, code_point, emoji["category"], emoji["unified"], members[path])
+            for emoji in listed
+            if emoji["category"] != LEFT_OUT
+            for code_point, path in _images(emoji, style)
+        ]
     except (OSError, tarfile.TarError) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise DataError(f"{package}: cannot be read as a package: {reason}") from error
@@ -124,12 +145,16 @@ def read_package(package: Path) -> list[Picture]:
     return pictures
 
 
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    """A file of the archive; raises ``KeyError`` when it is not there."""
-    file = archive.extractfile(name)
-    if file is None:
-        raise KeyError(name)
-    return file.read()
+def _members(package: Path) -> dict[str, bytes]:
+    """The files of a package that are needed, by name, in one pass: what is compressed has no random access."""
+    members = {}
+    with tarfile.open(package, "r|*") as archive:
+        for member in archive:
+            is_image = member.name.startswith("package/img/") and f"/{SIZE}/" in member.name
+            if member.isfile() and (is_image or member.name in DESCRIPTIONS):
+                file = archive.extractfile(member)
+                members[member.name] = b"" if file is None else file.read()
+    return members
 
 
 def _images(emoji: dict[str, Any], style: str) -> Iterator[tuple[str, str]]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -15,7 +22,7 @@ from PIL import Image
 
 from tests.training.conftest import run_command
 from training.data import DataError, load_images
-from training.emoji import prepare_emoji, read_package
+from training.emoji import fetched, prepare_emoji, read_package
 
 CATEGORIES = ("Symbols", "Food & Drink", "Flags")
 
@@ -108,9 +115,57 @@ def test_what_is_no_package_is_refused_and_leaves_nothing(packages: list[Path], 
         prepare_emoji(packages, tmp_path / "emoji")
 
 
-def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "npm is not installed" in run_command("data", "emoji", tmp_path / "emoji", status=2)
+@pytest.fixture
+def registry(packages: list[Path], tmp_path: Path) -> Iterator[str]:
+    """A real server with both packages where npm's registry has them."""
+    root = tmp_path / "registry"
+    for package in packages:
+        name = f"emoji-datasource-{package.stem}"
+        path = root / name / "-" / f"{name}-16.0.0.tgz"
+        path.parent.mkdir(parents=True)
+        shutil.copy(package, path)
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            """Say nothing."""
+
+        def log_error(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=root)) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def integrity(package: Path) -> str:
+    """A file's hash as npm writes it."""
+    return "sha512-" + base64.b64encode(hashlib.sha512(package.read_bytes()).digest()).decode()
+
+
+def test_packages_are_fetched_and_removed(packages: list[Path], registry: str, tmp_path: Path) -> None:
+    with fetched(registry, {path.stem: integrity(path) for path in packages}) as paths:
+        assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in packages]
+        counts = prepare_emoji(paths, tmp_path / "emoji")
+    assert sum(counts.values()) == 240
+    assert not any(path.exists() for path in paths)
+
+
+def test_what_cannot_be_fetched_is_named_and_leaves_nothing(
+    packages: list[Path], registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "emoji"
+    # The server's file is another than the one whose hash is known.
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", registry)
+    error = run_command("data", "emoji", out, status=2)
+    assert f"emoji-datasource-google-16.0.0.tgz: got a file with {integrity(packages[0])}, allowed is sha512-" in error
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"{registry}/nothing")
+    assert "404" in run_command("data", "emoji", out, status=2)
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", "file:///etc")
+    assert "NPM_CONFIG_REGISTRY: got 'file:///etc/" in run_command("data", "emoji", out, status=2)
+    assert not out.exists()
 
 
 @pytest.mark.long
