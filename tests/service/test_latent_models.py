@@ -30,6 +30,8 @@ AUTOENCODER = Path(__file__).parents[1] / "reference" / "autoencoder-kl" / "colo
 NOISE = NoiseProtocol(kind="gaussian", std=0.3, space="latents")
 SIDE = 16
 LABEL = "no likelihood of pixels"
+served = pytest.mark.long
+"""What needs a server of its own; the same model without one is in `make test`."""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,7 @@ def png(picture: np.ndarray[Any, Any]) -> str:
     return b64(file(picture.transpose(1, 2, 0)))
 
 
+@served
 def test_a_description_tells_pixels_from_latents(client: httpx.Client, bundle: Bundle) -> None:
     body = client.get("/v1/models/tiny-latents").json()
     assert body["image"] == {"size": SIDE, "channels": 3}
@@ -92,6 +95,7 @@ def test_a_description_tells_pixels_from_latents(client: httpx.Client, bundle: B
     assert ModelInfo.from_wire(info.to_wire()) == info
 
 
+@served
 def test_samples_are_decoded_images(client: httpx.Client, bundle: Bundle) -> None:
     answer = client.post("/v1/sample", json={"seed": 3, "num_images": 2, "class": "b", "denoise": False})
     assert answer.status_code == 200, answer.text
@@ -105,6 +109,7 @@ def test_samples_are_decoded_images(client: httpx.Client, bundle: Bundle) -> Non
         assert np.abs(pixels.astype(int) - wanted).max() <= 1
 
 
+@served
 def test_likelihoods_are_those_of_the_latents_and_say_so(
     client: httpx.Client, bundle: Bundle, picture: np.ndarray[Any, Any]
 ) -> None:
@@ -121,6 +126,7 @@ def test_likelihoods_are_those_of_the_latents_and_say_so(
 
 
 @pytest.mark.parametrize("add_noise", [True, False])
+@served
 def test_encode_and_decode_go_through_the_latents(
     client: httpx.Client, bundle: Bundle, picture: np.ndarray[Any, Any], add_noise: bool
 ) -> None:
@@ -137,6 +143,7 @@ def test_encode_and_decode_go_through_the_latents(
         assert np.abs(opened(decoded["b64"]).astype(int) - back.transpose(1, 2, 0)).max() <= 1
 
 
+@served
 def test_denoising_and_previews_give_images(client: httpx.Client, picture: np.ndarray[Any, Any]) -> None:
     answer = client.post("/v1/denoise", json={"images": [png(picture)]})
     assert answer.status_code == 200, answer.text
@@ -145,6 +152,7 @@ def test_denoising_and_previews_give_images(client: httpx.Client, picture: np.nd
     assert client.post("/v1/images/generations", json=generated).status_code == 200
 
 
+@served
 def test_calibrations_are_refused(client: httpx.Client, picture: np.ndarray[Any, Any]) -> None:
     files = [("files", (f"{i}.png", file(picture.transpose(1, 2, 0)))) for i in range(3)]
     answer = client.post("/v1/calibrations", data={"name": "x"}, files=files)
@@ -152,6 +160,7 @@ def test_calibrations_are_refused(client: httpx.Client, picture: np.ndarray[Any,
     assert answer.json()["error"]["code"] == "unsupported_model"
 
 
+@served
 def test_the_open_inference_protocol_says_so_too(client: httpx.Client, picture: np.ndarray[Any, Any]) -> None:
     about = client.get("/v2/models/tiny-latents").json()
     assert about["inputs"][0]["shape"] == [-1, 3, SIDE, SIDE]

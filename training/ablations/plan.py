@@ -1,7 +1,8 @@
 """What is trained, what is measured, and what the paper found: the studies as data.
 
 Source of the orderings: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329), whose FIDs
-are of 64×64 ImageNet; here only their order is compared.
+are of 64×64 ImageNet; here only their order is compared. One study is of STARFlow's design (Gu et al., arXiv
+2506.06276).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from model.config import FlowConfig, NoiseProtocol, SamplingDefaults, check
 from training.config import DataOptions, Optimization, TrainConfig
@@ -148,14 +149,16 @@ def make_plan(scale: Scale, *, image_size: int, channels: int, class_names: Sequ
         architecture: Architecture = "autoregressive",
         noise: NoiseProtocol = gaussian,
         snapshots: int = 0,
-        **changes: int | bool,
+        **changes: Any,
     ) -> Training:
-        config = replace(base, name=name, noise=noise, flow=replace(flow, **changes))  # type: ignore[arg-type]
+        config = replace(base, name=name, noise=noise, flow=replace(flow, **changes))
         return Training(name=name, config=config, architecture=architecture, snapshots=snapshots)
 
     total = depth * depth
     depths = [blocks for blocks in range(1, total + 1) if total % blocks == 0 and _is_power(blocks, depth)]
     sigmas = (0.05, 0.2)
+    # As many layers in all: the block next to the noise has what the others leave.
+    stack = (1,) * (depth - 1) + (total - depth + 1,)
     trainings = [
         training(BASE, snapshots=SNAPSHOTS),
         training("volume-preserving", volume_preserving=True),
@@ -167,6 +170,8 @@ def make_plan(scale: Scale, *, image_size: int, channels: int, class_names: Sequ
         ),
         *(training(f"sigma-{std:g}", noise=NoiseProtocol(kind="gaussian", std=std)) for std in sigmas),
         training("uniform", noise=NoiseProtocol(kind="uniform")),
+        *([training("deep-shallow", layers_per_block=stack, conditioned_blocks=(depth - 1,))] if depth > 1 else []),
+        training("softplus", scale_function="softplus"),
         training("width-half", width=scale.width // 2),
         training("width-double", width=2 * scale.width),
     ]
@@ -176,6 +181,8 @@ def make_plan(scale: Scale, *, image_size: int, channels: int, class_names: Sequ
         "volume-preserving": "without scales, the prior's variance learned",
         "channel-coupling": "halves of each patch's values in place of autoregression, as many layers",
         "uniform": "uniform dequantization",
+        "deep-shallow": f"blocks of {', '.join(map(str, stack))} layers, the class in the last alone",
+        "softplus": "scales that are a softplus, which grows only linearly",
         **{t.name: _architecture(t.config.flow) for t in trainings if t.name.startswith(("depth", "width"))},
         **{f"sigma-{std:g}": f"σ {std:g}, denoised" for std in sigmas},
     }
@@ -253,6 +260,16 @@ def _studies(depth: int, total: int, depths: Sequence[int], *, guidance: bool) -
             paper="larger models are better",
         ),
     ]
+    if depth > 1:
+        studies.append(
+            Study(
+                name="starflow",
+                title="STARFlow's design",
+                rows=(BASE, "deep-shallow", "softplus"),
+                claims=(Claim(better="deep-shallow", worse=BASE),),
+                paper="one deep block next to the noise and shallow ones do better than equal ones (arXiv 2506.06276)",
+            )
+        )
     if guidance:
         names = tuple(f"guidance-{s}-{w}" for w in (1, 2) for s in ("constant", "linear", "cosine"))
         studies.append(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,16 +21,16 @@ from model.flow import Flow
 from training.ablations.measure import draw_samples
 from training.ablations.plan import BASE, Claim, Scale, make_plan, parse_budget
 from training.ablations.report import loss_outcome, outcome, spearman, study_outcome
-from training.ablations.run import Measured, snapshot_steps
+from training.ablations.run import Ablation, AblationOptions, Measured, Stopped, run_ablation, snapshot_steps
 from training.baselines.channel_coupling import ChannelCouplingFlow
 from training.cli import app
 from training.config import TrainConfig
-from training.data import Images
+from training.data import Images, load_images
 from training.features import EXTRACTORS, Extractor
 
 TOY = ["--width", "16", "--head-dim", "8", "--depth", "2", "--batch-size", "8", "--image-size", "8",
        "--num-samples", "40", "--scored-images", "20", "--reference-images", "60", "--components", "8"]  # fmt: skip
-BUDGET = ["--budget", "40 steps"]
+BUDGET = ["--budget", "16 steps"]
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +69,9 @@ def test_all_rows_have_equal_budgets_and_stand_beside_the_papers_order(data: Pat
     ablate(data, out, *BUDGET)
     found = document(out)
     trained = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/training.json")}
-    assert {facts["steps"] for facts in trained.values()} == {40}
+    assert {facts["steps"] for facts in trained.values()} == {16}
     assert {study["name"] for study in found["studies"]} == {
-        "volume", "coupling", "depth", "denoising", "noise", "size", "guidance"
+        "volume", "coupling", "depth", "denoising", "noise", "size", "starflow", "guidance"
     }  # fmt: skip
     # Every row of every study is measured, on a flow of its own or on a shared one.
     rows = found["rows"]
@@ -108,10 +105,10 @@ def test_all_rows_have_equal_budgets_and_stand_beside_the_papers_order(data: Pat
 def test_what_is_finished_is_not_done_again_and_other_scales_are_refused(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = ablate(data, out, *BUDGET, "--rows", "volume")
-    assert "base: step 0 of 40" in first
+    assert "base: step 0 of 16" in first
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/rows/*.json")}
     again = ablate(data, out, *BUDGET, "--rows", "volume, coupling")
-    assert "channel-coupling: step 0 of 40" in again
+    assert "channel-coupling: step 0 of 16" in again
     assert "base: step" not in again
     assert {path: path.stat().st_mtime_ns for path in before} == before
     report = (out / "ablation.md").read_text()
@@ -121,35 +118,43 @@ def test_what_is_finished_is_not_done_again_and_other_scales_are_refused(data: P
     assert "base: step" not in more
     assert document(out)["rows"][BASE]["samples"] == 50
     error = ablate(data, out, "--budget", "41 steps", status=2)
-    assert "another images (320 there, 328 here)" in error.replace("\n", " ")
+    assert "another images (128 there, 328 here)" in error.replace("\n", " ")
 
 
-def test_the_command_ends_on_a_signal_and_continues_exactly(data: Path, tmp_path: Path) -> None:
-    budget = ["--budget", "200 steps"]
-    ablate(data, tmp_path / "whole", *budget, "--rows", "volume-preserving")
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "training", "ablate", "--data", str(data), "--out", str(out), *TOY, *budget]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--rows", "volume-preserving"], stdout=subprocess.PIPE, env=environment)
-    log = out / "volume-preserving" / "log.jsonl"
-    while not (log.is_file() and log.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
-    # Where it was done training before the signal came, the signal ended it as it measured.
-    assert process.returncode in (0, -signal.SIGTERM)
-    if b"stopped" in output:
-        assert not (out / "volume-preserving" / "training.json").exists()
-    assert "volume-preserving: distance" in ablate(data, out, *budget, "--rows", "volume-preserving")
-    rows = [document(path)["rows"]["volume-preserving"] for path in (tmp_path / "whole", out)]
+def test_a_signal_ends_it_after_a_step_and_it_continues_exactly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It speaks after every step, which is how the signal is sent in the middle.
+    monkeypatch.setattr("training.ablations.run.SECONDS_PER_LINE", -1.0)
+    train, test = (load_images(data, split, 8, 1) for split in ("train", "test"))
+    options = AblationOptions(
+        scale=Scale(width=16, head_dim=8, depth=2, batch_size=8, images=320),
+        rows=("volume-preserving",),
+        num_samples=40,
+        components=8,
+    )
+
+    def run(out: Path, stop_at: str = "") -> Ablation:
+        def say(text: str) -> None:
+            if stop_at and stop_at in text:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return run_ablation("squares", train, test, out, options, torch.device("cpu"), say)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", "step 17 of 40,")
+    logged = (tmp_path / "out" / "volume-preserving" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == [10]
+    assert not (tmp_path / "out" / "volume-preserving" / "training.json").exists()
+    rows = [found.rows["volume-preserving"].content for found in (whole, run(tmp_path / "out"))]
     for name in ("bits_per_dim", "distance", "samples_not_finite"):
         assert rows[0][name] == rows[1][name]
 
 
 def test_a_training_that_diverges_is_a_result(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ablate(data, out, "--budget", "200 steps", "--rows", "volume", "--learning-rate", "1e30")
+    ablate(data, out, "--budget", "200 steps", "--rows", BASE, "--learning-rate", "1e30")
     rows = document(out)["rows"]
     assert "diverged" in rows[BASE]
     assert "diverged at step" in (out / "ablation.md").read_text()
@@ -179,10 +184,15 @@ def test_every_row_differs_from_the_base_in_one_thing() -> None:
         if training.name.startswith("depth"):
             assert different == {"num_blocks", "layers_per_block"}
             assert sum(config.flow.layer_counts) == sum(base.flow.layer_counts)
+        elif training.name == "deep-shallow":
+            assert different == {"layers_per_block", "conditioned_blocks"}
+            assert sum(config.flow.layer_counts) == sum(base.flow.layer_counts)
         elif training.name != BASE:
             assert len(changed) + (training.architecture == "channel") == 1
             assert len(different) <= 1
     stacks = {(t.config.flow.num_blocks, t.config.flow.layers_per_block) for t in plan.trainings.values()}
+    assert (4, (1, 1, 1, 13)) in stacks
+    stacks.discard((4, (1, 1, 1, 13)))
     assert stacks == {(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)}
     assert len(snapshot_steps(400, 10)) == 10
     assert snapshot_steps(400, 10)[-1] == 400
