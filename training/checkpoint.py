@@ -98,8 +98,8 @@ def check_space(directory: Path, module: nn.Module) -> None:
     need, free = (2 * 4 + 2) * weights, shutil.disk_usage(directory).free
     if free < need:
         raise ValueError(
-            f"out: {directory} has {free / 2**20:,.0f} MiB free, "
-            f"allowed is at least {need / 2**20:,.0f} MiB for checkpoints and the bundle"
+            f"out: {directory} has {free / 2**20:,.1f} MiB free, "
+            f"allowed is at least {need / 2**20:,.1f} MiB for checkpoints and the bundle"
         )
 
 
