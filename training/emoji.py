@@ -20,6 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from PIL import Image, UnidentifiedImageError
@@ -89,6 +90,8 @@ def _download(url: str, path: Path, integrity: str) -> None:
                 digest.update(piece)
                 file.write(piece)
     except (OSError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # It is the answer, too.
         raise DataError(
             f"{url}: cannot be fetched ({error}); without a network, fetch it elsewhere and give it as --package"
         ) from error

@@ -30,7 +30,7 @@ def is_dataset(directory: Path) -> bool:
 
 def open_source(directory: Path, split: str) -> Source:
     """The encoded images of a split; raises :class:`DataError` for what cannot be used."""
-    chosen = _split(directory, split)
+    chosen = _split(directory, split).with_format(None)
     datasets = _library(directory)
     kinds = {name: type(feature) for name, feature in chosen.features.items()}
     images = [name for name, kind in kinds.items() if kind is datasets.Image]
@@ -40,10 +40,12 @@ def open_source(directory: Path, split: str) -> Source:
     if not len(chosen):
         raise DataError(f"{directory}: there are no images in the {split} split")
     column = images[0]
-    labels, names = np.zeros(len(chosen), np.int64), ()
+    labels = np.zeros(len(chosen), np.int64)
+    names: tuple[str, ...] = ()
     if classes:
         label = "label" if "label" in classes else classes[0]
-        labels, names = np.array(chosen[label][:], np.int64), tuple(chosen.features[label].names)
+        names = tuple(chosen.features[label].names)
+        labels = np.array([-1 if value is None else value for value in chosen[label][:]], np.int64)
         if labels.min() < 0:
             raise DataError(f"{directory}: row {labels.argmin()} of the {split} split has no class")
     rows = chosen.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -51,7 +53,7 @@ def open_source(directory: Path, split: str) -> Source:
     def items() -> Iterator[tuple[str, bytes | Path]]:
         for number, row in enumerate(rows):
             content = row[column]
-            if content is None:
+            if content is None or not (content["bytes"] or content["path"]):
                 raise DataError(f"{directory}: row {number} has no image")
             yield f"{directory}, row {number}", content["bytes"] or Path(content["path"])
 
@@ -64,8 +66,13 @@ def _split(directory: Path, split: str) -> Any:
     datasets = _library(directory)
     name = str(directory)
     try:
-        found = datasets.load_dataset(name.removeprefix(HUB)) if name.startswith(HUB) else datasets.load_from_disk(name)
-    except (OSError, ValueError, KeyError) as error:
+        # In files, not in memory: the cache of decoded images knows a data set by its files.
+        if name.startswith(HUB):
+            found = datasets.load_dataset(name.removeprefix(HUB), keep_in_memory=False)
+        else:
+            found = datasets.load_from_disk(name, keep_in_memory=False)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        # The last is what ``datasets`` raises for an empty one that it has saved itself.
         reason = str(error).partition("\n")[0]
         raise DataError(f"{directory}: cannot be opened as a data set: {reason}") from error
     splits = found if isinstance(found, dict) else {"train": found}

@@ -25,14 +25,18 @@ def png(number: int) -> bytes:
     return out.getvalue()
 
 
-def data_set(images: list[bytes], labels: list[int]) -> datasets.Dataset:
+def data_set(images: list[bytes | None], labels: list[int | None]) -> datasets.Dataset:
     """A split with a column before the images, and one of classes."""
     columns = {
         "id": datasets.Value("int64"),
         "picture": datasets.Image(),
         "label": datasets.ClassLabel(names=CLASSES),
     }
-    content = {"id": list(range(len(images))), "picture": [{"bytes": i, "path": None} for i in images], "label": labels}
+    content = {
+        "id": list(range(len(images))),
+        "picture": [i and {"bytes": i, "path": None} for i in images],
+        "label": labels,
+    }
     return datasets.Dataset.from_dict(content, features=datasets.Features(columns))
 
 
@@ -74,14 +78,17 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     data_set([png(0), b"no image"], [0, 1]).save_to_disk(tmp_path / "broken")
     with pytest.raises(DataError, match="broken, row 1: "):
         load_images(tmp_path / "broken", "train", 8, 3)
-    data_set([png(0), png(1)], [0, -1]).save_to_disk(tmp_path / "hidden")
+    data_set([png(0), None], [0, 1]).save_to_disk(tmp_path / "missing")
+    with pytest.raises(DataError, match="missing: row 1 has no image"):
+        load_images(tmp_path / "missing", "train", 8, 3)
+    data_set([png(0), png(1)], [0, None]).save_to_disk(tmp_path / "hidden")
     with pytest.raises(DataError, match="row 1 of the train split has no class"):
         load_images(tmp_path / "hidden", "train", 8, 3)
     data_set([png(0)], [0]).remove_columns("picture").save_to_disk(tmp_path / "text")
     with pytest.raises(DataError, match="has no column of images, but id, label"):
         load_images(tmp_path / "text", "train", 8, 3)
     data_set([], []).save_to_disk(tmp_path / "empty")
-    with pytest.raises(DataError, match="there are no images in the train split"):
+    with pytest.raises(DataError, match="empty: cannot be opened as a data set"):
         load_images(tmp_path / "empty", "train", 8, 3)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "state.json").write_text("{}")
