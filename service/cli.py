@@ -24,8 +24,9 @@ from service.settings import ApiSettings, ServeSettings, SharedSettings, WorkerS
 from training import data_cli
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
-from training.cli import evaluate, sweep, train, tune
+from training.cli import sweep, train, tune
 from training.commands import clear_errors
+from training.evaluate_cli import evaluate
 
 app = typer.Typer(
     help="Serve, train and use TarFlow normalizing flows.",

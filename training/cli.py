@@ -1,6 +1,7 @@
-"""The commands ``train``, ``evaluate``, ``sweep`` and ``tune``: options in, one clear line per error out.
+"""The commands ``train``, ``sweep`` and ``tune``: options in, one clear line per error out.
 
-``calibrate`` and ``anomaly`` are in :mod:`training.anomaly_cli`.
+``evaluate`` is in :mod:`training.evaluate_cli`, ``ablate`` in :mod:`training.ablations.cli`, ``calibrate`` and
+``anomaly`` are in :mod:`training.anomaly_cli`.
 
 Importing this module is cheap; torch is imported when a command runs. The console script mounts
 the same functions.
@@ -22,9 +23,10 @@ from rich.console import Console
 from model.bundle import open_bundle
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
-from training.commands import Device, clear_errors, progress_bar, show_progress
+from training.commands import Device, clear_errors, progress_bar
 from training.config import load_preset, preset_names, with_settings
 from training.data_cli import app as data_app
+from training.evaluate_cli import evaluate
 
 if TYPE_CHECKING:
     from model.config import SamplingDefaults
@@ -164,70 +166,7 @@ def _command(
     return shlex.join(words)
 
 
-@app.command()
-def evaluate(
-    bundles: Annotated[list[str], typer.Argument(help="Bundle directories, or names of models in the package.")],
-    data: Annotated[Path, typer.Option(help="Directory with the data, as for train.")],
-    split: Annotated[str, typer.Option(help="test or train.")] = "test",
-    draws: Annotated[int, typer.Option(min=1, help="Noise draws per image.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N images only.")] = None,
-    train_limit: Annotated[
-        int | None,
-        typer.Option(min=0, help="Training images for the train-test gap; as many as are evaluated. 0: none."),
-    ] = None,
-    no_class: Annotated[bool, typer.Option("--no-class", help="Score without the images' classes.")] = False,
-    accuracy: Annotated[
-        bool,
-        typer.Option("--accuracy", help="Also the Bayes accuracy of class-conditional models: a pass for each class."),
-    ] = False,
-    samples: Annotated[
-        int, typer.Option(min=0, help="Also draw so many samples and count those that are not finite.")
-    ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Image i gets the noise of seed + i.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
-    device: Device = "auto",
-    write_card: Annotated[
-        bool, typer.Option("--write-card", help="Store the figures in the bundles' CARD.md.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
-    """Print bits/dim on a test split with its protocol, the train-test gap and, for several bundles,
-    the paired difference of each to the first. With --accuracy also how often the most probable class is the label."""
-    with clear_errors():
-        from model.device import resolve_device
-        from model.weights import update_bundle
-        from training.card import with_evaluation
-        from training.evaluate import EvaluationOptions, evaluate_bundle
-        from training.report import differences, lines, markdown, to_json
-
-        options = EvaluationOptions(
-            split=split,
-            draws=draws,
-            limit=limit,
-            train_limit=train_limit,
-            ignore_classes=no_class,
-            accuracy=accuracy,
-            samples=samples,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        torch_device = resolve_device(device)
-        evaluations = []
-        with progress_bar() as progress:
-            for bundle in [open_bundle(text) for text in bundles]:
-                show = partial(show_progress, progress, progress.add_task(bundle.name, total=None))
-                evaluations.append(evaluate_bundle(bundle, data, options, torch_device, show))
-        if write_card:
-            for evaluation in evaluations:
-                card = with_evaluation(evaluation.bundle.card, markdown(evaluation))
-                update_bundle(evaluation.bundle, card=card)
-        if as_json:
-            typer.echo(json.dumps(to_json(evaluations), indent=2))
-            return
-        for evaluation in evaluations:
-            typer.echo("\n  ".join([f"{evaluation.bundle.name} ({evaluation.bundle.model_id})", *lines(evaluation)]))
-        for line in differences(evaluations):
-            typer.echo(line)
+app.command()(evaluate)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.codecs.base import Codec, Identity
 from model.config import NoiseProtocol, SamplingDefaults
 from model.denoise import denoise
 from model.flow import Flow
@@ -45,9 +46,18 @@ class Drawn:
 
 @torch.no_grad()
 def draw_samples(
-    flow: Flow, noise: NoiseProtocol, setting: SamplingDefaults, seeds: range, labels: Sequence[int | None]
+    flow: Flow,
+    noise: NoiseProtocol,
+    setting: SamplingDefaults,
+    seeds: range,
+    labels: Sequence[int | None],
+    codec: Codec | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Drawn:
-    """A sample for every seed, of the class that stands for it; guidance is not for flows with a direct inverse."""
+    """A sample for every seed, of the class that stands for it; guidance is not for flows with a direct inverse.
+
+    ``codec`` makes images of latents; ``advance`` is told the number of samples after each batch.
+    """
     config, device = flow.config, flow.prior_variance.device
     sampler = None if isinstance(flow, DirectFlow) else Sampler(flow)
     batches, started = [], time.perf_counter()
@@ -62,9 +72,11 @@ def draw_samples(
             x_BTD = _denoised(flow, x_BTD, y_B, noise.std)
             x_BTD = x_BTD[_are_finite(x_BTD)]
         if len(x_BTD):
-            batches.append(to_pixels(flow.unpatchify(x_BTD), noise.kind).cpu().numpy())
+            images_BCHW = (codec or Identity()).images(flow.unpatchify(x_BTD))
+            batches.append(to_pixels(images_BCHW, noise.kind).cpu().numpy())
+        advance(len(u_BTD))
     empty = np.zeros((0, config.channels, config.image_size, config.image_size), np.uint8)
-    pixels = np.concatenate([empty, *batches])
+    pixels = np.concatenate(batches) if batches else empty
     return Drawn(pixels, len(seeds) - len(pixels), time.perf_counter() - started)
 
 

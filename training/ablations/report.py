@@ -27,7 +27,7 @@ def outcome(claim: Claim, rows: dict[str, Measured]) -> tuple[Outcome, str]:
     better, worse = rows[claim.better].figure, rows[claim.worse].figure
     if better is None or worse is None:
         if better is worse:
-            return "within noise", "neither can be measured"
+            return "not measured", "neither has enough finite samples"
         which = claim.worse if worse is None else claim.better
         return ("agrees" if worse is None else "disagrees"), f"{which} has too few finite samples to measure"
     difference = worse - better

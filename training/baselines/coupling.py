@@ -146,6 +146,17 @@ class CouplingFlow(DirectFlow):
         # The cast tells the type checker what nn.ModuleList forgets.
         self.levels = cast("Sequence[Sequence[Sequence[Step]]]", nn.ModuleList(levels))
 
+    @property
+    def flops_per_image(self) -> int:
+        """Floating-point operations of one pass over one image: convolutions, as in :class:`FlowConfig`."""
+        return sum(
+            2 * convolution.weight.numel() * coupling.mask_CHW[0].numel()
+            for coupling in self.modules()
+            if isinstance(coupling, Coupling)
+            for convolution in coupling.modules()
+            if isinstance(convolution, nn.Conv2d)
+        )
+
     def _run(
         self, x_BTD: Tensor, y_B: Tensor | None, visit: Callable[[ActNorm, Tensor], None]
     ) -> tuple[Tensor, Tensor]:
@@ -197,15 +208,15 @@ class CouplingFlow(DirectFlow):
             yield channels, side
 
 
-def matched_width(config: FlowConfig, num_parameters: int) -> int:
-    """The width with which a :class:`CouplingFlow` has about as many parameters, and never fewer than 8."""
+def matched_width(config: FlowConfig, flops: int) -> int:
+    """The largest multiple of 8 with which a pass over an image takes at most so many operations; at least 8."""
 
-    def count(width: int) -> int:
+    def needed(width: int) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in CouplingFlow(config, width).parameters())
+            return CouplingFlow(config, width).flops_per_image
 
     width = 8
-    while count(width + 8) <= num_parameters:
+    while needed(width + 8) <= flops:
         width += 8
     return width
 

@@ -209,7 +209,7 @@ def measured(value: float | None, bits: float = 1.0) -> Measured:
 @pytest.mark.parametrize(
     ("better", "worse", "expected"),
     [(10, 30, "agrees"), (30, 10, "disagrees"), (10, None, "agrees"), (None, 10, "disagrees"),
-     (None, None, "within noise")],
+     (None, None, "not measured")],
 )  # fmt: skip
 def test_outcomes_follow_the_difference(better: float | None, worse: float | None, expected: str) -> None:
     rows = {"a": measured(better), "b": measured(worse)}

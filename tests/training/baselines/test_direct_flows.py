@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import FlowConfig, NoiseProtocol
 from model.flow import NO_CLASS
@@ -116,13 +117,20 @@ def test_normalizations_start_from_the_data() -> None:
     assert sum(isinstance(module, ActNorm) for module in flow.modules()) > 4
 
 
-def test_the_width_gives_about_as_many_parameters() -> None:
-    for wanted in (60_000, 200_000):
-        sizes = [
-            sum(p.numel() for p in CouplingFlow(CONFIG, matched_width(CONFIG, wanted) + more).parameters())
-            for more in (0, 8)
-        ]
-        assert sizes[0] <= wanted < sizes[1]
+def test_operations_are_counted_as_torch_counts_them() -> None:
+    for config in (CONFIG, COLOUR):
+        flow = CouplingFlow(config, 16)
+        with FlopCounterMode(display=False) as counter:
+            flow(torch.randn(1, config.num_patches, config.patch_dim))
+        assert flow.flops_per_image == counter.get_total_flops()
+
+
+def test_the_width_is_the_largest_that_the_operations_allow() -> None:
+    least = CouplingFlow(CONFIG, 8).flops_per_image
+    for flops in (least, 5 * least, 20 * least):
+        width = matched_width(CONFIG, flops)
+        assert CouplingFlow(CONFIG, width).flops_per_image <= flops < CouplingFlow(CONFIG, width + 8).flops_per_image
+    assert matched_width(CONFIG, 1) == 8
 
 
 def test_a_side_that_cannot_be_squeezed_is_refused() -> None:

@@ -1,0 +1,245 @@
+"""The report of a bundle: every figure with its comparison, in words, as data and in pictures; its baseline."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from model.bundle import Bundle, read_bundle
+from model.config import NoiseProtocol
+from model.weights import load_flow
+from service.local import import_checkpoint
+from tests.training.conftest import run_command
+from tests.training.test_latents import AUTOENCODER
+from tests.training.test_latents import PRESET as LATENTS
+from training.baselines.coupling import CouplingFlow
+from training.baselines.equal import baseline_config, train_baseline
+from training.card import evaluation_section
+from training.classes import resolve_classes
+from training.config import TrainConfig
+from training.data import Images, load_images
+from training.features import EXTRACTORS, Extractor
+from training.quality import find_copies, reconstruction_errors
+from training.run import Origin, Run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _means_as_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real extractor has tests of its own; here the features are 8x8 grey pixels."""
+
+    def extract(pixels: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(dim=1), 8).flatten(1) / 64
+
+    means = Extractor(name="pixels", num_features=64, extract=extract)
+    monkeypatch.setitem(EXTRACTORS, "efficientnet-lite0", lambda device: means)
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_images: Callable[..., Images], write_idx: Callable[..., Path]) -> Path:
+    write_idx(tmp_path / "squares", make_images(300))
+    return write_idx(tmp_path / "squares", make_images(160, seed=1), "t10k")
+
+
+@pytest.fixture
+def bundle(config: TrainConfig, data: Path, tmp_path: Path) -> Bundle:
+    """A bundle trained for a moment, with a holdout of 140."""
+    config = config.with_overrides(holdout=140, epochs=1)
+    config, images = resolve_classes(config, load_images(data, "train", 8, 1))
+    origin = Origin(command="tarflow train", data_name=data.name)
+    console = Console(file=io.StringIO())
+    Run(config, images, tmp_path / "run", CPU, origin=origin, console=console, sample_every=10**6).execute()
+    return read_bundle(tmp_path / "run" / "bundle")
+
+
+def report(bundle: Bundle, data: Path, out: Path, *options: object, samples: int = 150) -> dict[str, Any]:
+    arguments = [bundle.path, "--data", data, "--report", out, "--samples", samples, "--train-limit", "0", *options]
+    run_command("evaluate", *arguments)
+    content = json.loads((out / "report.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def test_the_report_says_everything_with_its_comparison(bundle: Bundle, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    found = report(bundle, data, out, "--baseline", "--write-card")
+    assert found["model_id"] == bundle.model_id
+    samples, real = (found["distances"][name] for name in ("samples", "real_images"))
+    assert samples["num_images"] == 150
+    # Real images of a holdout are nearer to the test images than samples of a model that has hardly been trained.
+    assert real["from"] == "the training split's holdout"
+    for name in ("frechet", "kernel"):
+        assert real[name]["value"] < samples[name]["value"]
+    assert abs(real["frechet"]["value"]) < 5 * real["frechet"]["standard_error"] + 1
+    assert real["precision"]["value"] > samples["precision"]["value"]
+    assert found["copying"]["training_images"] == 160
+    assert 0 <= found["copying"]["share_nearer_than_1_percent_of_test_images"] <= 1
+    assert found["reconstruction"]["largest"] < 0.1
+    # As many steps as the bundle: an epoch of 20.
+    baseline = found["baseline"]
+    assert baseline["images_seen"] == bundle.config.training["steps"] * 8 == 160
+    least = CouplingFlow(bundle.config.flow, 8).flops_per_image
+    assert baseline["flops_per_image"] <= max(least, baseline["model_flops_per_image"])
+    difference = baseline["bits_per_dim"] - found["likelihood"]["bits_per_dim"]["mean"]
+    assert baseline["minus_model"]["mean"] == pytest.approx(difference, abs=1e-6)
+    assert baseline["model_images_seen"] == 160
+    assert found["likelihood"]["bayes_accuracy"]["num_images"] == 160
+    text, card = (out / "report.md").read_text(), evaluation_section(read_bundle(bundle.path).card)
+    assert card is not None
+    for says in (f"{samples['frechet']['value']:.2f} ± ", "Baseline of equal budget", "precision", "Bayes accuracy"):
+        assert says in card
+    for figure in (samples["frechet"]["value"], real["frechet"]["value"]):
+        assert f"{figure:.2f} ± " in text
+    assert f"{baseline['bits_per_dim']:.4f}" in text
+    assert "not comparable with published FID" in text
+    for name in ("samples.png", "nearest.png"):
+        assert f"]({name})" in text
+        with Image.open(out / name) as picture:
+            assert picture.width > 8 * 7
+    # The baseline is there: another report does not train it again.
+    before = (out / "baseline" / "checkpoint.pt").stat().st_mtime_ns
+    assert report(bundle, data, out, "--baseline")["baseline"] == baseline
+    assert (out / "baseline" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_copies_of_training_images_are_found_out(make_images: Callable[..., Images]) -> None:
+    train, held_out, fresh = (make_images(200, seed=seed).pixels for seed in (1, 2, 3))
+    honest = find_copies(fresh, held_out, train, CPU)
+    assert honest.share_nearer < 0.1
+    # A model that has learned its training images by heart, but for one step of one pixel.
+    copied = train.copy()
+    copied[:, 0, 0, 0] += 1
+    found = find_copies(copied[50:], held_out, train, CPU)
+    assert found.share_nearer == 1
+    assert found.samples.index.tolist() == list(range(50, 200))
+    np.testing.assert_allclose(found.samples.distance, 1 / 8)
+    differences = found.pairs[0].astype(int) - found.pairs[1]
+    assert (np.abs(differences).sum(axis=(1, 2, 3)) == 1).all()
+
+
+def test_statistics_in_a_file_give_the_distance_of_all_features(bundle: Bundle, data: Path, tmp_path: Path) -> None:
+    test, path = load_images(data, "test", 8, 1), tmp_path / "statistics" / "test.npz"
+    found = report(bundle, data, tmp_path / "first", "--statistics-out", path)
+    assert found["distances"]["from_statistics"] is None
+    features = test.pixels.reshape(160, -1) / 64
+    with np.load(path) as file:
+        np.testing.assert_allclose(file["mu"], features.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(file["sigma"], np.cov(features, rowvar=False), atol=1e-5)
+    found = report(bundle, data, tmp_path / "report", "--statistics", path)
+    # The statistics are those of the test images, which the other figure compares with too.
+    expected = found["distances"]["samples"]["frechet_all_features"]
+    assert found["distances"]["from_statistics"] == pytest.approx(expected, rel=1e-4)
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    error = run_command(
+        "evaluate", bundle.path, "--data", data, "--report", tmp_path / "r", "--statistics", path, status=2
+    )
+    assert "got 3 features" in error
+
+
+def test_reconstruction_is_exact_but_for_rounding(bundle: Bundle, data: Path) -> None:
+    images = load_images(data, "test", 8, 1).part(0, 20)
+    errors = reconstruction_errors(load_flow(bundle), bundle, images, batch_size=7)
+    assert errors.shape == (20,)
+    assert errors.max() < 0.05
+
+
+def test_the_baseline_is_trained_as_the_bundle_was(
+    bundle: Bundle, data: Path, tmp_path: Path, make_images: Callable[..., Images], write_idx: Callable[..., Path]
+) -> None:
+    config = baseline_config(bundle)
+    record = bundle.config.training
+    assert config.optimization.batch_size == record["optimization"]["batch_size"]
+    assert config.optimization.learning_rate == record["optimization"]["learning_rate"]
+    assert (config.noise, config.data.holdout, config.seed) == (bundle.config.noise, 140, record["seed"])
+    assert config.optimization.warmup_epochs == record["optimization"]["warmup_epochs"]
+    # On half as many images everything is half as long.
+    assert baseline_config(bundle, 80).optimization.warmup_epochs == config.optimization.warmup_epochs / 2
+    _, trainer = train_baseline(bundle, data, tmp_path / "baseline", CPU, images=80)
+    assert trainer.step == trainer.total_steps == 10
+    assert trainer.data_sha256 == record["data"]["sha256"]
+    write_idx(data, make_images(300, seed=9))
+    with pytest.raises(ValueError, match="no baseline of equal budget: the training images here are not"):
+        train_baseline(bundle, data, tmp_path / "other", CPU)
+
+
+def test_a_bundle_that_does_not_say_how_it_was_trained_has_no_baseline(make_bundle: Callable[..., Bundle]) -> None:
+    with pytest.raises(ValueError, match="does not say how it was trained"):
+        baseline_config(make_bundle())
+
+
+def folders(root: Path, names: Sequence[str], side: int, mode: str) -> Path:
+    """60 images of these classes in each split."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for i in range(60):
+            path = root / split / names[i % len(names)] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (side, side) if mode == "L" else (side, side, 3)
+            Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return root
+
+
+def test_a_model_of_latents_is_judged_by_its_images(tmp_path: Path) -> None:
+    data = folders(tmp_path / "data", ("dark", "light"), 16, "L")
+    preset = tmp_path / "latents.yaml"
+    preset.write_text(yaml.safe_dump(LATENTS))
+    run_command("train", preset, "--data", data, "--codec", AUTOENCODER, "--out", tmp_path / "run", "--epochs", "1")
+    bundle, out = read_bundle(tmp_path / "run" / "bundle"), tmp_path / "report"
+    found = report(bundle, data, out, "--baseline-images", "16", samples=40)
+    assert "no likelihood of pixels" in found["likelihood"]["protocol"]
+    # All were trained on, and known again by the hash of their latents.
+    assert found["distances"]["real_images"]["from"] == "the training split, which the model has seen"
+    assert found["reconstruction"]["unit"] == "latents"
+    assert found["reconstruction"]["largest"] < 1e-3
+    # The autoencoder has random weights.
+    assert found["autoencoding"]["median"] > 1
+    assert (found["baseline"]["images_seen"], found["baseline"]["model_images_seen"]) == (16, 60)
+    text = (out / "report.md").read_text()
+    for says in ("no likelihood of pixels", "in the unit of the latents", "of a smaller budget"):
+        assert says in text
+    with Image.open(out / "nearest.png") as picture:
+        # Twelve pairs of images of 16 pixels, four times as large.
+        assert picture.size == (12 * 64 + 11 * 2, 2 * 64 + 2)
+
+
+def test_an_imported_checkpoint_is_evaluated(tmp_path: Path) -> None:
+    names = ("cat", "dog", "fox", "horse", "owl")
+    data, noise = folders(tmp_path / "data", names, 16, "RGB"), NoiseProtocol(kind="gaussian", std=0.05)
+    checkpoint = Path(__file__).parents[1] / "reference" / "tiny_cond.pth"
+    bundle = import_checkpoint(checkpoint, tmp_path / "tiny", noise, name="tiny", class_names=names)
+    found = report(bundle, data, tmp_path / "report", "--limit", "10", samples=40)
+    assert found["likelihood"]["num_images"] == found["likelihood"]["bayes_accuracy"]["num_images"] == 10
+    assert "which images it was trained on" in run_command("evaluate", bundle.path, "--data", data, "--limit", "10")
+    assert found["distances"]["real_images"]["from"] == "the training split, which the model may have seen"
+    assert found["copying"]["training_images"] == 60
+    asked = ["evaluate", bundle.path, "--data", data, "--report", tmp_path / "other", "--baseline"]
+    assert "does not say how it was trained" in run_command(*asked, status=2)
+    assert not (tmp_path / "other").exists()
+
+
+def test_options_that_do_not_fit_are_refused_before_anything_is_measured(
+    make_bundle: Callable[..., Bundle], idx_data: Path, tmp_path: Path
+) -> None:
+    def refused(*options: object) -> str:
+        return run_command("evaluate", make_bundle().path, "--data", idx_data, *options, status=2)
+
+    assert "baseline: got True, allowed is with --report only" in refused("--baseline")
+    assert "extractor: got 'x', allowed is with --report only" in refused("--extractor", "x")
+    out = ("--report", tmp_path / "report")
+    assert "num_samples: got 39, allowed is an integer >= 40" in refused(*out, "--samples", "39")
+    assert "extractor: got 'inception', allowed is efficientnet-lite0" in refused(*out, "--extractor", "inception")
+    assert "No such file" in refused(*out, "--statistics", tmp_path / "none.npz")
+    assert "there are 20 and 44" in refused(*out)
+    assert not (tmp_path / "report").exists()

@@ -1,0 +1,161 @@
+"""The baseline of a bundle: a coupling flow trained on the same images, as many of them, under the same noise.
+
+Batch, schedule, clipping and averaging of the weights are the bundle's too, since the same loop trains both; the
+baseline's width is the largest with which a pass over an image takes no more operations than the bundle's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.bundle import Bundle
+from model.config import FlowConfig
+from model.flow import patchify
+from model.likelihood import add_noise, centre_draw
+from training.baselines.coupling import CouplingFlow, coupling_builder, matched_width
+from training.classes import match_labels
+from training.config import DataOptions, Optimization, TrainConfig
+from training.data import DataError, Images
+from training.evaluate import score_images
+from training.latents import load_bundle_images
+from training.log import RunLog
+from training.provenance import training_split
+from training.run import stop_on_signals
+from training.trainer import StepReport, Trainer
+
+FIRST_IMAGES = 256
+"""Images that the normalizations start from."""
+
+
+class Stopped(Exception):
+    """The baseline's training was asked to end; the same command continues it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A coupling flow that was trained beside a bundle, and its score on the images that the bundle was scored on."""
+
+    name: str
+    num_parameters: int
+    flops_per_image: int
+    """Operations of one pass over an image."""
+    images_seen: int
+    """Images trained on, repeats included."""
+    model_images: int
+    """Images that the bundle was trained on."""
+    seconds: float
+    """Time in training steps."""
+    bits: NDArray[np.float64]
+    """Bits/dim of each image, (N,), under the noise of the same seeds."""
+    conditional: bool
+
+
+def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
+    """The bundle's own training, for its baseline; with another number of images if one is given.
+
+    Raises ``ValueError`` for a bundle that does not say how it was trained.
+    """
+    record = bundle.config.training
+    missing = [name for name in ("optimization", "data", "steps") if name not in record]
+    if missing:
+        raise ValueError(f"{bundle.name}: does not say how it was trained ({', '.join(missing)}): no equal budget")
+    known = {field.name for field in fields(DataOptions)}
+    data = DataOptions.from_dict({k: v for k, v in record["data"].items() if k in known})
+    optimization = Optimization.from_dict(record["optimization"])
+    steps = record["steps"] if images is None else max(1, images // optimization.batch_size)
+    per_epoch = record["data"]["num_images"] // optimization.batch_size
+    return TrainConfig(
+        name=f"{bundle.name}-coupling",
+        flow=bundle.config.flow,
+        noise=bundle.config.noise,
+        optimization=replace(
+            optimization,
+            # A quarter of a step more, so that rounding cannot lose one.
+            epochs=(steps + 0.25) / per_epoch,
+            # The same share of the run, however long that is.
+            warmup_epochs=optimization.warmup_epochs * steps / record["steps"],
+            precision="float32",
+        ),
+        data=replace(data, classes_from_data=False),
+        class_names=bundle.config.class_names,
+        seed=record.get("seed", 0),
+    )
+
+
+def baseline_width(flow: FlowConfig) -> int:
+    """The largest width with which the baseline takes no more operations an image than this flow.
+
+    Raises ``ValueError`` for images that no coupling flow can be made for.
+    """
+    return matched_width(flow, flow.flops_per_image)
+
+
+def train_baseline(
+    bundle: Bundle,
+    data: Path,
+    out: Path,
+    device: torch.device,
+    *,
+    images: int | None = None,
+    observe: Callable[[StepReport], None] = lambda report: None,
+) -> tuple[CouplingFlow, Trainer]:
+    """Train the baseline of a bundle, or continue its run in ``out``.
+
+    Raises ``ValueError`` for a bundle or data that it cannot be trained on, :class:`Stopped` when a signal asked so.
+    """
+    config = baseline_config(bundle, images)
+    train = load_bundle_images(bundle, data, "train", device)
+    if config.flow.num_classes:
+        train = match_labels(train, config.class_names, bundle.name)
+    try:
+        training_split(bundle, train)
+    except DataError as error:
+        raise DataError(f"no baseline of equal budget: {error}") from error
+    first = torch.from_numpy(train.pixels[:FIRST_IMAGES].copy())
+    x_BTD = patchify(add_noise(first, config.noise, centre_draw(config.noise.kind)), config.flow.patch_size)
+    build = coupling_builder(baseline_width(config.flow), x_BTD)
+    trainer = Trainer(config, train, out, device, build)
+    if trainer.step < trainer.total_steps:
+        with RunLog(out, trainer.step) as log, stop_on_signals(trainer):
+
+            def both(report: StepReport) -> None:
+                log.record(report)
+                observe(report)
+
+            if not trainer.run(both):
+                raise Stopped
+    flow = trainer.averaged_flow()
+    if not isinstance(flow, CouplingFlow):
+        raise TypeError(f"got {type(flow).__name__}, where a coupling flow was built")
+    return flow, trainer
+
+
+def score_baseline(
+    flow: CouplingFlow,
+    trainer: Trainer,
+    images: Images,
+    bundle: Bundle,
+    *,
+    conditional: bool,
+    draws: int,
+    seed: int,
+    batch_size: int,
+) -> Baseline:
+    """The baseline's bits/dim on the images, with the same noise as the bundle's."""
+    noise = trainer.config.noise
+    return Baseline(
+        name=f"coupling flow, {len(flow.levels)} scales, width {flow.width}",
+        num_parameters=sum(p.numel() for p in flow.parameters()),
+        flops_per_image=flow.flops_per_image,
+        images_seen=trainer.images_seen,
+        model_images=bundle.config.training["steps"] * trainer.config.optimization.batch_size,
+        seconds=trainer.seconds,
+        bits=score_images(flow, images, noise, conditional=conditional, draws=draws, seed=seed, batch_size=batch_size),
+        conditional=conditional,
+    )

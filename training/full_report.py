@@ -1,0 +1,146 @@
+"""From evaluations of bundles to their reports on disk: samples measured, the baseline trained, everything written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from model.bundle import Bundle
+from model.weights import load_flow
+from training.baselines.equal import Baseline, baseline_config, baseline_width, score_baseline, train_baseline
+from training.classes import match_labels
+from training.evaluate import Evaluation
+from training.feature_files import open_extractor, read_statistics, write_statistics
+from training.features import Extractor
+from training.frechet import Moments
+from training.latents import load_bundle_images
+from training.quality import Begin, QualityOptions, measure_quality
+from training.quality_report import Report, write_report
+from training.trainer import StepReport
+
+BASELINE = "baseline"
+"""Name of the baseline's run directory in that of the report."""
+SECONDS_PER_LINE = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What a report has beside the evaluation."""
+
+    quality: QualityOptions = field(default_factory=QualityOptions)
+    """What is drawn, and what it is compared with."""
+    extractor: str = "efficientnet-lite0"
+    """Name of the features' extractor, or a TorchScript file."""
+    statistics: Path | None = None
+    """Moments of real images' features in a file."""
+    statistics_out: Path | None = None
+    """File that the moments of the test images' features are written to."""
+    baseline: bool = False
+    """Whether to train a coupling flow to compare with."""
+    baseline_images: int | None = None
+    """Images that it is trained on; as many as the bundle was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What the reports of all bundles share, looked at before anything is measured."""
+
+    options: ReportOptions
+    extractor: Extractor
+    statistics: Moments | None
+    statistics_name: str
+
+    @classmethod
+    def prepare(cls, bundles: Sequence[Bundle], options: ReportOptions, device: torch.device) -> Bench:
+        """Raises ``ValueError`` for two bundles of one name, files that are not what they should be or do not go
+        together, and a bundle without what its baseline needs."""
+        names = [bundle.name for bundle in bundles]
+        if len(set(names)) < len(names):
+            raise ValueError(f"bundles: got {', '.join(names)}, allowed is different names for reports of several")
+        if options.baseline:
+            for bundle in bundles:
+                baseline_width(baseline_config(bundle, options.baseline_images).flow)
+        extractor = open_extractor(options.extractor, device)
+        statistics = None if options.statistics is None else read_statistics(options.statistics)
+        if statistics is not None and len(statistics.mean_F) != extractor.num_features:
+            raise ValueError(
+                f"statistics: got {len(statistics.mean_F)} features in {options.statistics}, allowed is the "
+                f"{extractor.num_features} of {extractor.name}"
+            )
+        name = "" if options.statistics is None else options.statistics.name
+        return cls(options=options, extractor=extractor, statistics=statistics, statistics_name=name)
+
+    def write_reports(
+        self,
+        evaluations: Sequence[Evaluation],
+        data: Path,
+        out: Path,
+        device: torch.device,
+        say: Callable[[str], None] = lambda text: None,
+        begin: Begin = lambda text, total: lambda count: None,
+    ) -> list[Report]:
+        """Write the report of one bundle into ``out``, those of several into directories with the bundles' names.
+
+        Raises what :func:`training.quality.measure_quality` and :func:`training.baselines.equal.train_baseline` raise.
+        """
+        return [
+            self._report(e, data, out / e.bundle.name if len(evaluations) > 1 else out, device, say, begin)
+            for e in evaluations
+        ]
+
+    def _report(
+        self,
+        evaluation: Evaluation,
+        data: Path,
+        out: Path,
+        device: torch.device,
+        say: Callable[[str], None],
+        begin: Begin,
+    ) -> Report:
+        bundle, options = evaluation.bundle, self.options
+        flow = load_flow(bundle, device)
+        quality = measure_quality(bundle, flow, data, self.extractor, options.quality, self.statistics, begin)
+        if options.statistics_out is not None:
+            write_statistics(options.statistics_out, quality.reference)
+        report = Report(evaluation=evaluation, quality=quality, baseline=None, statistics_name=self.statistics_name)
+        # Before the baseline too: its training may take hours, and be stopped.
+        write_report(out, report)
+        if options.baseline:
+            say(f"{bundle.name}: the report is in {out}; now its baseline is trained, or continued")
+            report = replace(report, baseline=self._baseline(evaluation, data, out / BASELINE, device, say))
+            write_report(out, report)
+        say(f"{bundle.name}: report.md, report.json and pictures are in {out}")
+        return report
+
+    def _baseline(
+        self, evaluation: Evaluation, data: Path, run: Path, device: torch.device, say: Callable[[str], None]
+    ) -> Baseline:
+        """Train it where that is not done yet, and score it on what the bundle was scored on."""
+        last_line = time.monotonic()
+
+        def observe(report: StepReport) -> None:
+            nonlocal last_line
+            if time.monotonic() - last_line > SECONDS_PER_LINE:
+                last_line = time.monotonic()
+                say(f"baseline: step {report.step} of {report.total_steps}, {report.bits_per_dim:.3f} bits/dim")
+
+        bundle, how = evaluation.bundle, evaluation.options
+        count = self.options.baseline_images
+        flow, trainer = train_baseline(bundle, data, run, device, images=count, observe=observe)
+        images = load_bundle_images(bundle, data, how.split, device).part(None, how.limit)
+        if evaluation.conditional:
+            images = match_labels(images, bundle.config.class_names, bundle.name)
+        return score_baseline(
+            flow,
+            trainer,
+            images,
+            bundle,
+            conditional=evaluation.conditional,
+            draws=how.draws,
+            seed=how.seed,
+            batch_size=how.batch_size,
+        )
