@@ -102,7 +102,7 @@ class Execution(Record):
     accumulation: int = 1
     """Parts in which each process takes its share of a batch, one after the other: less memory, the same gradient."""
     compile: bool = False
-    """Compile the blocks (torch.compile): faster after some minutes of compiling, at fixed shapes."""
+    """Compile the layers (torch.compile): faster after a minute of compiling; takes a C++ compiler."""
     recompute: bool = False
     """Activation checkpointing: layers are computed again in the backward pass, which saves memory for time."""
     shard: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,10 +13,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from model.config import check
 from model.flow import Flow
 from training.config import Execution
 from training.processes import Processes
 from training.sharding import shard
+
+
+def check_compiler(execution: Execution) -> None:
+    """Refuse to compile where torch finds no compiler of its own for it; raises ``ValueError``."""
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    found = not execution.compile or any(shutil.which(name) for name in names)
+    check(found, "execution.compile", execution.compile, "false where there is no C++ compiler (g++ or clang++)")
 
 
 def prepare(flow: Flow, execution: Execution, device: torch.device, processes: Processes) -> Any:
@@ -32,7 +42,9 @@ def prepare(flow: Flow, execution: Execution, device: torch.device, processes: P
                 )
     if execution.compile:
         for block in flow.blocks:
-            block.compile()
+            for layer in block.layers:
+                # Layers are alike: what is compiled for one of them serves all.
+                layer.compile()
     if processes.size == 1:
         return flow
     if execution.shard:

@@ -30,7 +30,7 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.data import Images
-from training.execution import part_of_batch, prepare
+from training.execution import check_compiler, part_of_batch, prepare
 from training.optimizer import WeightAverage, bf16_is_faster, learning_rate
 from training.processes import ALONE, ProcessError, Processes
 from training.sharding import gathered, placed, placed_optimizer, whole
@@ -105,6 +105,7 @@ class Trainer:
             f"a multiple of {share} ({processes.size} processes with execution.accumulation = "
             f"{config.execution.accumulation})",
         )
+        check_compiler(config.execution)
         self.data_sha256 = data_fingerprint(self.images)
         self.batches = Batches(self.images, config, self.device, processes)
         self.steps_per_epoch = self.batches.steps_per_epoch

@@ -169,7 +169,16 @@ def test_a_batch_that_does_not_divide_is_refused(config: TrainConfig, images: Im
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("change", [{"accumulation": 2}, {"recompute": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accumulation": 2},
+        {"recompute": True},
+        # Compiling takes a compiler, and its time.
+        pytest.param({"compile": True}, marks=pytest.mark.long),
+        pytest.param({"compile": True, "recompute": True}, marks=pytest.mark.long),
+    ],
+)
 def test_how_steps_are_computed_changes_no_curve(
     config: TrainConfig, images: Images, tmp_path: Path, change: dict[str, object]
 ) -> None:
@@ -177,6 +186,16 @@ def test_how_steps_are_computed_changes_no_curve(
     other = train(Trainer(config.with_overrides(**change), images, tmp_path / "other", CPU))
     for field in ("loss", "bits_per_dim"):
         assert [getattr(r, field) for r in other] == pytest.approx([getattr(r, field) for r in plain], abs=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    config: TrainConfig, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"execution\.compile: got True, allowed is false where there is no C\+\+"):
+        Trainer(config.with_overrides(compile=True), images, tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("world", [2, 4])
