@@ -169,6 +169,8 @@ def test_a_batch_that_does_not_divide_is_refused(config: TrainConfig, images: Im
     assert not (tmp_path / "run").exists()
 
 
+# Torch's compiler uses what torch itself calls deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize(
     "change",
     [
