@@ -169,8 +169,9 @@ def test_a_batch_that_does_not_divide_is_refused(config: TrainConfig, images: Im
     assert not (tmp_path / "run").exists()
 
 
-# Torch's compiler uses what torch itself calls deprecated.
+# Torch's compiler uses what torch itself calls deprecated, and looks at gradients where it warns of that.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     "change",
     [
