@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 PACKAGES := redis-server dataset-fashion-mnist curl openssl prometheus chromium fonts-liberation
 # What they bring that is asked for here.
 PROGRAMS := redis-server curl openssl promtool chromium
-# What builds images where no Docker engine runs.
-BUILDERS := buildah debootstrap
+# What builds images where no Docker engine runs, and what torch.compile takes.
+BUILDERS := buildah debootstrap g++
 DATASET := /usr/share/datasets/fashion-mnist
 # Tests run beside a service and its workers: one thread each keeps them from fighting over cores.
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -51,12 +51,12 @@ tools: ## what the tests need from the system: real servers, a real browser, a r
 	    echo "on Debian or Ubuntu, 'sudo apt-get install $(PACKAGES)'." >&2; exit 1; \
 	  fi; fi
 
-tools-verify: ## what the long tests need beside it: Docker, or what builds images without it
-	@if ! docker info >/dev/null 2>&1 && ! { command -v buildah && command -v debootstrap; } >/dev/null; then \
+tools-verify: ## what the long tests need beside it: a compiler, and Docker, or what builds images without it
+	@if ! { command -v g++ && { docker info || { command -v buildah && command -v debootstrap; }; }; } >/dev/null 2>&1; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(BUILDERS) >/dev/null; \
 	  else \
-	    echo "The long tests build the images: they need Docker's engine, or as root 'apt-get install $(BUILDERS)'." >&2; \
+	    echo "The long tests need g++ and, to build the images, Docker's engine; or as root 'apt-get install $(BUILDERS)'." >&2; \
 	    exit 1; \
 	  fi; fi
 

@@ -21,6 +21,7 @@ from model.config import GuidanceRule, GuidanceSchedule, GuidanceTarget, Precisi
 from service import keys_cli
 from service.errors import ServiceError
 from service.settings import ApiSettings, ServeSettings, SharedSettings, WorkerSettings
+from training import data_cli
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.cli import sweep, train, tune
@@ -41,6 +42,7 @@ app.command()(calibrate)
 app.command()(anomaly)
 app.command()(ablate)
 app.add_typer(keys_cli.app, name="keys")
+app.add_typer(data_cli.app, name="data")
 
 SettingsT = TypeVar("SettingsT", bound=SharedSettings)
 SECRET = ("redis", "keys_inline")

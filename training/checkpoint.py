@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import warnings
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.config import TrainConfig
 from training.data import Images
@@ -87,6 +88,21 @@ def load_checkpoint(directory: Path) -> TrainState | None:
         raise CheckpointError(f"{path}: cannot be continued: {error}") from error
 
 
+def check_space(directory: Path, module: nn.Module) -> None:
+    """Refuse a run whose files its disk cannot hold; raises ``ValueError`` that says how much they take.
+
+    A checkpoint has four copies of the weights (their average, and two of AdamW's), and is written beside the last one;
+    the bundle has one.
+    """
+    weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    need, free = (2 * 4 + 2) * weights, shutil.disk_usage(directory).free
+    if free < need:
+        raise ValueError(
+            f"out: {directory} has {free / 2**20:,.1f} MiB free, "
+            f"allowed is at least {need / 2**20:,.1f} MiB for checkpoints and the bundle"
+        )
+
+
 def data_fingerprint(images: Images) -> str:
     """SHA-256 of images and labels: the position in the data means something only in the same data."""
     digest = hashlib.sha256(repr(images.pixels.shape).encode())
@@ -98,10 +114,10 @@ def data_fingerprint(images: Images) -> str:
 def check_continues(directory: Path, state: TrainState, config: TrainConfig, data_sha256: str) -> None:
     """Refuse to continue a checkpoint as another run; raises :class:`CheckpointError` that says what differs.
 
-    What the weights' training does not depend on may change (name, sampling recommendation), and a
+    What the weights' training does not depend on may change (name, sampling recommendation, execution), and a
     run may be made longer or shorter.
     """
-    free = ("name", "sampling.", "optimization.epochs")
+    free = ("name", "about", "provenance", "sampling.", "execution.", "optimization.epochs")
     ours, theirs = _flatten(config.to_dict()), _flatten(state.config.to_dict())
     changes = [
         f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +24,8 @@ from model.bundle import open_bundle
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.commands import Device, clear_errors, progress_bar
-from training.config import load_preset, preset_names
+from training.config import load_preset, preset_names, with_settings
+from training.data_cli import app as data_app
 from training.evaluate_cli import evaluate
 
 if TYPE_CHECKING:
@@ -39,20 +42,10 @@ app = typer.Typer(
 def _list_presets(requested: bool) -> None:
     if not requested:
         return
-    from training.card import architecture
+    from training.listing import preset_lines
 
     for name in preset_names():
-        config = load_preset(name)
-        flow, noise = config.flow, config.noise
-        colours = {1: "grey", 3: "colour"} if noise.space == "pixels" else {}
-        kind = colours.get(flow.channels, f"latents of {flow.channels} channels")
-        size = f"{flow.image_size}x{flow.image_size} {kind}"
-        classes = "classes from the data" if config.data.classes_from_data else f"{flow.num_classes} classes"
-        level = f" {noise.std:g}" if noise.kind == "gaussian" else ""
-        typer.echo(
-            f"{name}: {size}, {architecture(flow)}, {noise.kind} noise{level}, {classes}, "
-            f"{config.optimization.epochs:g} epochs"
-        )
+        typer.echo("\n    ".join(preset_lines(load_preset(name))))
     raise typer.Exit
 
 
@@ -73,13 +66,31 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random in the run.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; the preset's if not given.")] = None,
     sample_every: Annotated[int | None, typer.Option(min=1, help="Steps between sample grids; an epoch.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for decoded images of folders: later runs, and all processes, map them from there."
+        ),
+    ] = None,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds between checkpoints: what a killed run does again, at most.")
+    ] = 120.0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any field of the preset, as in flow.width=256 or ema_decay=0.999; may be given several times.",
+        ),
+    ] = None,
     list_presets: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_list_presets, help="Print the presets and stop.")
     ] = False,
 ) -> None:
     """Train a model, or continue the run in --out. OUT/bundle is servable after the first epoch.
 
-    SIGTERM and Ctrl-C write a checkpoint and end the command; the same command continues the run.
+    SIGTERM and Ctrl-C write a checkpoint and end the command; the same command continues the run. On several GPUs or
+    hosts, torchrun starts it: torchrun --nproc-per-node 8 -m training train …; each process takes its part of a batch.
     """
     del list_presets
     options = {
@@ -91,53 +102,67 @@ def train(
         "name": name,
     }
     overrides = {key: value for key, value in options.items() if value is not None}
-    console = Console()
     with clear_errors():
-        config = load_preset(preset).with_overrides(**overrides)
+        config = with_settings(load_preset(preset), settings or ()).with_overrides(**overrides)
         from model.device import resolve_device
         from training.classes import resolve_classes
         from training.latents import encode_once, load_training_images, open_codec
+        from training.processes import joined, local_device
         from training.run import Origin, Run
 
-        torch_device = resolve_device(device)
+        torch_device = local_device(resolve_device(device))
         autoencoder = open_codec(config, codec)
-        images = load_training_images(data, config, autoencoder)
-        config, images = resolve_classes(config, images)
-        if autoencoder is not None:
-            images = encode_once(images, autoencoder, out, torch_device)
         origin = Origin(
-            command=_command(preset, data, out, codec, overrides),
+            command=_command(preset, data, out, codec, overrides, settings or ()),
             data_name=data.resolve().name,
         )
-        run = Run(
-            config,
-            images,
-            out,
-            torch_device,
-            origin=origin,
-            console=console,
-            sample_every=sample_every,
-            codec=autoencoder,
-        )
-        trainer = run.trainer
-        start = f"continuing at step {trainer.step}" if trainer.step else "starting"
-        typer.echo(
-            f"{config.name}: {start} of {trainer.total_steps}, {len(trainer.images)} images, "
-            f"{trainer.steps_per_epoch} steps an epoch, {torch_device} in {trainer.precision}"
-        )
-        complete = run.execute()
+        with joined(torch_device) as processes:
+            say: Callable[[str], None] = typer.echo if processes.is_first else _silent
+            # What the first process writes while it prepares the data, the others only read.
+            alone_first = cache is not None or autoencoder is not None
+            in_turn: AbstractContextManager[None] = processes.first_before_others() if alone_first else nullcontext()
+            with processes.together(), in_turn:
+                images = load_training_images(data, config, autoencoder, cache, say)
+                config, images = resolve_classes(config, images)
+                if autoencoder is not None:
+                    images = encode_once(images, autoencoder, out, torch_device)
+            run = Run(
+                *(config, images, out, torch_device, processes),
+                origin=origin,
+                console=Console(quiet=not processes.is_first),
+                sample_every=sample_every,
+                checkpoint_seconds=checkpoint_seconds,
+                codec=autoencoder,
+            )
+            trainer = run.trainer
+            start = f"continuing at step {trainer.step}" if trainer.step else "starting"
+            where = f"{processes.size} processes, " if processes.size > 1 else ""
+            say(
+                f"{config.name}: {start} of {trainer.total_steps}, {len(trainer.images)} images, "
+                f"{trainer.steps_per_epoch} steps an epoch, {where}{torch_device} in {trainer.precision}"
+            )
+            complete = run.execute()
     if complete:
-        typer.echo(f"finished {trainer.step} steps; the model is in {out / 'bundle'}")
+        say(f"finished {trainer.step} steps; the model is in {out / 'bundle'}")
     else:
-        typer.echo(f"stopped after step {trainer.step}, checkpoint written; the same command continues the run")
+        say(f"stopped after step {trainer.step}, checkpoint written; the same command continues the run")
 
 
-def _command(preset: str, data: Path, out: Path, codec: Path | None, overrides: dict[str, Any]) -> str:
+def _silent(text: str) -> None:
+    """What the other processes of a run say: the first one speaks for all."""
+    del text
+
+
+def _command(
+    preset: str, data: Path, out: Path, codec: Path | None, overrides: dict[str, Any], settings: Sequence[str]
+) -> str:
     """The command that repeats a run, with the last names of its paths."""
     words = ["tarflow", "train", Path(preset).name, "--data", data.resolve().name, "--out", out.resolve().name]
     words += [] if codec is None else ["--codec", codec.resolve().name]
     for key, value in overrides.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
+    for setting in settings:
+        words += ["--set", setting]
     return shlex.join(words)
 
 
@@ -278,5 +303,6 @@ def tune(
 
 
 app.command()(calibrate)
+app.add_typer(data_app, name="data")
 app.command()(anomaly)
 app.command()(ablate)

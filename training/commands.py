@@ -14,6 +14,10 @@ from rich.progress import Progress, TaskID
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 
 
+class ToldElsewhere(ValueError):
+    """Another process of the run says why it ends: this one does so without a word."""
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """End the command with one red line and status 2 for what its user can mend, 1 for a diverged run.
@@ -23,6 +27,8 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, ToldElsewhere):
+            raise typer.Exit(2) from error
         _fail(str(error), 2)
     except RuntimeError as error:
         from training.trainer import TrainingDiverged

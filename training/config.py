@@ -7,7 +7,11 @@ Every invalid value raises ``ValueError`` naming the field, the value got and wh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -92,11 +96,34 @@ class DataOptions(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Execution(Record):
+    """How steps are computed: nothing here changes what they compute, but for rounding."""
+
+    accumulation: int = 1
+    """Parts in which each process takes its share of a batch, one after the other: less memory, the same gradient."""
+    compile: bool = False
+    """Compile the layers (torch.compile): faster after a minute of compiling; takes a C++ compiler."""
+    recompute: bool = False
+    """Activation checkpointing: layers are computed again in the backward pass, which saves memory for time."""
+    shard: bool = False
+    """Spread weights, their average and the optimizer over the processes (FSDP2): for flows too large for one GPU."""
+
+    def __post_init__(self) -> None:
+        _check_count(self, "accumulation", 1)
+        for name in ("compile", "recompute", "shard"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Record):
     """A whole run; the resolved configuration is stored in its checkpoints and its bundle."""
 
     name: str
     """Name of the preset and of the bundle it makes."""
+    about: str = ""
+    """What the model is, and which data it is for."""
+    provenance: str = ""
+    """Where the values come from: published, or ours and why."""
     flow: FlowConfig
     """Architecture."""
     noise: NoiseProtocol
@@ -105,6 +132,8 @@ class TrainConfig(Record):
     """Optimizer and schedule."""
     data: DataOptions = field(default_factory=DataOptions)
     """Use of the data."""
+    execution: Execution = field(default_factory=Execution)
+    """How steps are computed."""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Sampling recommendation written into the bundle; also used for the sample grids."""
     class_names: tuple[str, ...] = ()
@@ -114,6 +143,8 @@ class TrainConfig(Record):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        for field_name in ("about", "provenance"):
+            check(isinstance(getattr(self, field_name), str), field_name, getattr(self, field_name), "a text")
         names = self.class_names
         are_texts = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
         check(are_texts, "class_names", names, "different texts that are not empty (numbers in quotes)")
@@ -131,29 +162,24 @@ class TrainConfig(Record):
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Build from nested plain mappings, as a preset file or a checkpoint holds them."""
-        nested: dict[str, type[Record]] = {
-            "flow": FlowConfig,
-            "noise": NoiseProtocol,
-            "optimization": Optimization,
-            "data": DataOptions,
-            "sampling": SamplingDefaults,
-        }
         if not isinstance(data, dict):
             raise ValueError(f"preset: got {type(data).__name__}, allowed is a mapping")
         converted = dict(data)
-        for name, record in nested.items():
+        for name, record in RECORDS.items():
             if name in converted:
                 try:
                     converted[name] = record.from_dict(converted[name])
                 except ValueError as error:
-                    raise ValueError(f"{name}.{error}") from error
+                    # The noise's own messages already say where they are.
+                    prefix = "" if str(error).startswith(f"{name}.") else f"{name}."
+                    raise ValueError(f"{prefix}{error}") from error
         return super().from_dict(converted)
 
     def with_overrides(self, **changes: Any) -> TrainConfig:
         """A copy with changed fields; keys of nested records are found by name (``epochs=3``)."""
         config = self
         for key, value in changes.items():
-            for part in ("optimization", "data", "sampling"):
+            for part in ("optimization", "data", "execution", "sampling"):
                 record = getattr(config, part)
                 if hasattr(record, key):
                     config = replace(config, **{part: replace(record, **{key: value})})
@@ -161,6 +187,56 @@ class TrainConfig(Record):
             else:
                 config = replace(config, **{key: value})
         return config
+
+
+RECORDS: dict[str, type[Record]] = {
+    "flow": FlowConfig,
+    "noise": NoiseProtocol,
+    "optimization": Optimization,
+    "data": DataOptions,
+    "execution": Execution,
+    "sampling": SamplingDefaults,
+}
+"""The parts of a configuration, by the name of their field."""
+
+
+def field_names() -> dict[str, str]:
+    """Every field by its full name (``optimization.learning_rate``), for each name that is short for it alone."""
+    full = [f.name for f in fields(TrainConfig) if f.name not in RECORDS]
+    full += [f"{part}.{f.name}" for part, record in RECORDS.items() for f in fields(record)]  # type: ignore[arg-type]
+    last = [name.rpartition(".")[2] for name in full]
+    short = {name: other for name, other in zip(last, full, strict=True) if last.count(name) == 1}
+    return {**short, **{name: name for name in full}}
+
+
+def with_settings(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
+    """A copy with fields as ``name=value`` sets them, the value in YAML; names as in :func:`field_names`.
+
+    ``null`` is a value like any other. Raises ``ValueError`` that names the field, or that there is none of the name.
+    """
+    content, known = config.to_dict(), field_names()
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.strip()
+        check(bool(equals), "set", setting, "FIELD=VALUE, as in optimization.learning_rate=2e-4")
+        if name not in known:
+            near = get_close_matches(name, known, n=3) or sorted(set(known.values()))
+            raise ValueError(f"set: got {name!r}, which is no field of a configuration; allowed is {', '.join(near)}")
+        part, _, key = known[name].rpartition(".")
+        (content[part] if part else content)[key] = _value(name, text)
+    return TrainConfig.from_dict(content)
+
+
+def _value(name: str, text: str) -> Any:
+    """A value as YAML reads it, and 1e-3 as the number that it is."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: got {text!r}, allowed is a value in YAML") from error
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9.]+[eE][+-]?[0-9]+", value):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def preset_names() -> list[str]:

@@ -1,7 +1,8 @@
 """Images for training: IDX files (the MNIST family) or folders of images, one per class.
 
-A data set is held as 8-bit arrays in memory. The order of a run's batches depends only on
-(seed, epoch), so a resumed run continues exactly where it stopped.
+A data set is held as 8-bit arrays in memory, or mapped from a cache (:mod:`training.image_cache`).
+The order of a run's batches depends only on (seed, epoch), so a resumed run continues exactly where
+it stopped, and any number of processes takes the same images.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.images import ImageError, fit_image, load_image
+from training import huggingface
+from training.image_cache import DataError, cache_key, cached_pixels
+from training.source import Source
+
+__all__ = ["DataError", "Images", "epoch_order", "load_images"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+DECODED_TOGETHER = 1024
+"""Files that wait for a thread at a time."""
 IDX_PREFIX = {"train": "train", "test": "t10k"}
-
-
-class DataError(ValueError):
-    """The data directory cannot be used; the message says what was found and what is expected."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,9 @@ def _load_idx(directory: Path, split: str, image_size: int, channels: int) -> Im
     return Images(pixels[:, None], classes.astype(np.int64))
 
 
-def _load_folders(directory: Path, split: str, image_size: int, channels: int) -> Images:
+def _load_folders(
+    directory: Path, split: str, image_size: int, channels: int, cache: Path | None, say: Callable[[str], None]
+) -> Images:
     root = directory / split if (directory / split).is_dir() else directory
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if root is directory:
@@ -93,41 +102,89 @@ def _load_folders(directory: Path, split: str, image_size: int, channels: int) -
         folders = [folder for folder in folders if folder.name != "test"]
     if not folders:
         folders = [root]
-    names: list[str] = []
-    pixels, labels = [], []
-    for folder in folders:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise DataError(f"{folder}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-        for path in files:
-            try:
-                image = load_image(path.read_bytes())
-            except (ImageError, OSError) as error:
-                raise DataError(f"{path}: {error}") from error
-            pixels.append(fit_image(image, image_size, channels).pixels)
-            labels.append(len(names))
-        names.append(folder.name)
+        paths += files
+        labels += [label] * len(files)
     # Files come class by class; in a fixed shuffled order a holdout counted from the end has all classes.
-    order = epoch_order(len(pixels), seed=0, epoch=0)
-    return Images(np.stack(pixels)[order], np.array(labels, np.int64)[order], tuple(names))
+    source = Source(
+        files=paths,
+        root=root,
+        items=lambda: ((str(path), path) for path in paths),
+        labels=np.array(labels, np.int64),
+        class_names=tuple(folder.name for folder in folders),
+    )
+    return decoded(source, image_size, channels, cache, say)
 
 
-def load_images(directory: Path, split: str, image_size: int, channels: int) -> Images:
+def decoded(source: Source, image_size: int, channels: int, cache: Path | None, say: Callable[[str], None]) -> Images:
+    """The source's images, scaled and cropped, in memory or mapped from the cache."""
+    order = epoch_order(len(source.labels), seed=0, epoch=0)
+    shape = (len(source.labels), channels, image_size, image_size)
+
+    def fill(pixels: NDArray[np.uint8]) -> None:
+        _decode(source.items(), np.argsort(order), pixels)
+
+    if cache is None:
+        pixels = np.empty(shape, np.uint8)
+        fill(pixels)
+    else:
+        pixels = cached_pixels(cache, cache_key(source.root, source.files, image_size, channels), shape, fill, say)
+    return Images(pixels, source.labels[order], source.class_names)
+
+
+def _decode(items: Iterable[tuple[str, bytes | Path]], places: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
+    """Decode, scale and crop each image into its place of ``pixels`` (N, C, H, W); names the first that cannot be."""
+    channels, image_size = pixels.shape[1:3]
+
+    def decode(place: np.int64, item: tuple[str, bytes | Path]) -> None:
+        name, content = item
+        try:
+            image = load_image(content if isinstance(content, bytes) else content.read_bytes())
+        except (ImageError, OSError) as error:
+            raise DataError(f"{name}: {error}") from error
+        pixels[place] = fit_image(image, image_size, channels).pixels
+
+    # Pillow decodes without holding the interpreter: threads are enough.
+    numbered = zip(places, items, strict=True)
+    with ThreadPoolExecutor() as pool:
+        while some := list(islice(numbered, DECODED_TOGETHER)):
+            for _ in pool.map(decode, *zip(*some, strict=True)):
+                pass
+
+
+def load_images(
+    directory: Path,
+    split: str,
+    image_size: int,
+    channels: int,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Images:
     """Load the ``train`` or ``test`` split of a data directory.
 
     The directory holds IDX files (``train-images-idx3-ubyte[.gz]`` …), or one folder of images per
     class, optionally inside ``train/`` and ``test/``; a folder of images without subfolders is one
     class. Images from folders are scaled and centre-cropped to ``image_size`` and come in a fixed
-    shuffled order, those from IDX files in the file's. Raises :class:`DataError` naming the file or
+    shuffled order, those from IDX files in the file's. What Hugging Face's ``datasets`` has saved, or has on its
+    hub as ``hf:owner/name``, is treated as folders are (:mod:`training.huggingface`). With ``cache``, images that
+    are no IDX files are decoded once and mapped from there; ``say`` is told what that takes on disk. Raises
+    :class:`DataError` naming the file or
     folder that cannot be used.
     """
+    if huggingface.is_dataset(directory):
+        return decoded(huggingface.open_source(directory, split), image_size, channels, cache, say)
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory")
     if any(directory.glob("*-images?idx3-ubyte*")):
         return _load_idx(directory, split, image_size, channels)
     if split == "test" and not (directory / "test").is_dir():
         raise DataError(f"{directory}: no test split (expected t10k-* IDX files or a folder named test)")
-    return _load_folders(directory, split, image_size, channels)
+    return _load_folders(directory, split, image_size, channels, cache, say)
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:

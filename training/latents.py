@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +40,21 @@ def open_codec(config: TrainConfig, directory: Path | None) -> AutoencoderKL | N
     return autoencoder
 
 
-def load_training_images(data: Path, config: TrainConfig, autoencoder: AutoencoderKL | None) -> Images:
-    """The training split in the size and colours of the images, which with an autoencoder are not the flow's."""
-    if autoencoder is None:
-        return load_images(data, "train", config.flow.image_size, config.flow.channels)
-    codec = autoencoder.config
-    return load_images(data, "train", config.flow.image_size * codec.factor, codec.in_channels)
+def load_training_images(
+    data: Path,
+    config: TrainConfig,
+    autoencoder: AutoencoderKL | None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Images:
+    """The training split in the size and colours of the images, which with an autoencoder are not the flow's.
+
+    ``cache`` and ``say`` are those of :func:`training.data.load_images`.
+    """
+    size, channels = config.flow.image_size, config.flow.channels
+    if autoencoder is not None:
+        size, channels = size * autoencoder.config.factor, autoencoder.config.in_channels
+    return load_images(data, "train", size, channels, cache, say)
 
 
 def load_bundle_images(bundle: Bundle, data: Path, split: str, device: torch.device) -> Images:

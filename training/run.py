@@ -10,11 +10,13 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import yaml
 from rich.console import Console
 
 from model.bundle import Bundle, BundleConfig, BundleError, read_bundle
 from model.codecs.autoencoder_kl import AutoencoderKL
 from model.codecs.base import Latents
+from model.flow import Flow
 from model.weights import update_bundle, write_bundle
 from training.card import (
     RunFacts,
@@ -29,11 +31,13 @@ from training.config import TrainConfig
 from training.data import Images
 from training.hardware import describe_hardware
 from training.log import RunLog, last_epoch_bits_per_dim
+from training.processes import ALONE, Processes
 from training.progress import ProgressDisplay
 from training.samples import Interrupted, write_sample_grid
-from training.trainer import StepReport, Trainer
+from training.trainer import CHECKPOINT_SECONDS, StepReport, Trainer
 
 BUNDLE = "bundle"
+CONFIG = "config.yaml"
 SAMPLES = "samples"
 
 
@@ -50,8 +54,9 @@ class Origin:
 class Run:
     """Everything around one :class:`Trainer`; construct (which continues a checkpoint), then :meth:`execute`.
 
-    Writes into ``out``: ``checkpoint.pt``, ``log.jsonl``, ``samples/step_XXXXXX.png`` and ``bundle/``,
-    which is complete and servable after its first writing. Raises what the trainer raises, and
+    Writes into ``out``: ``config.yaml`` (the resolved configuration, a preset file), ``checkpoint.pt``, ``log.jsonl``,
+    ``samples/step_XXXXXX.png`` and ``bundle/``, which is complete and servable after its first writing. Of several
+    processes only the first one writes. Raises what the trainer raises, and
     ``ValueError`` for a name or class names that a bundle cannot have.
     """
 
@@ -61,10 +66,12 @@ class Run:
         images: Images,
         out: Path,
         device: torch.device,
+        processes: Processes = ALONE,
         *,
         origin: Origin,
         console: Console,
         sample_every: int | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
         codec: AutoencoderKL | None = None,
     ) -> None:
         """With a ``codec`` the images have its latents in place of their pixels."""
@@ -77,8 +84,9 @@ class Run:
             class_names=config.class_names,
             codec=None if codec is None else codec.config,
         )
-        self.trainer = Trainer(config, images, out, device)
+        self.trainer = Trainer(config, images, out, device, processes=processes)
         self._config, self._out, self._origin, self._console = config, out, origin, console
+        self._checkpoint_seconds = checkpoint_seconds
         self._samples_png: bytes | None = None
         self._sample_every = sample_every or self.trainer.steps_per_epoch
         self._display = ProgressDisplay(
@@ -91,26 +99,46 @@ class Run:
     def execute(self) -> bool:
         """Train until done, or until SIGTERM or SIGINT; returns whether the run is complete."""
         trainer = self.trainer
+        if not trainer.processes.is_first:
+            with stop_on_signals(trainer):
+                return self._follow()
+        write_config(self._out, self._config)
         with RunLog(self._out, trainer.step) as log, self._display, stop_on_signals(trainer):
 
             def observe(report: StepReport) -> None:
                 log.record(report)
                 self._display.update(report)
-                due = report.step % self._sample_every == 0 and report.step < report.total_steps
-                if due and self._draw_samples():
-                    self.write_bundle()
+                if self._is_due(report):
+                    flow = trainer.averaged_flow()
+                    if self._draw_samples(flow):
+                        self.write_bundle(flow)
 
-            complete = trainer.run(observe)
+            complete = trainer.run(observe, self._checkpoint_seconds)
+            flow = trainer.averaged_flow()
             if complete:
-                self._draw_samples()
-            self.write_bundle()
+                self._draw_samples(flow)
+            self.write_bundle(flow)
         return complete
 
-    def _draw_samples(self) -> bool:
+    def _is_due(self, report: StepReport) -> bool:
+        """Whether samples and a bundle are made after this step, before the end."""
+        return report.step % self._sample_every == 0 and report.step < report.total_steps
+
+    def _follow(self) -> bool:
+        """What the other processes do: train, and give their part of the weights for what the first one writes."""
+
+        def observe(report: StepReport) -> None:
+            if self._is_due(report):
+                self.trainer.averaged_weights()
+
+        complete = self.trainer.run(observe, self._checkpoint_seconds)
+        self.trainer.averaged_weights()
+        return complete
+
+    def _draw_samples(self, flow: Flow) -> bool:
         """Write the present step's sample grid; ``False`` when asked to stop meanwhile."""
         trainer, config = self.trainer, self._config
         path = self._out / SAMPLES / f"step_{trainer.step:06d}.png"
-        flow = trainer.averaged_flow()
         try:
             self._samples_png = write_sample_grid(
                 path,
@@ -125,15 +153,14 @@ class Run:
         self._display.note(f"step {trainer.step}: samples in {SAMPLES}/{path.name}")
         return True
 
-    def write_bundle(self) -> None:
-        """Write ``bundle/`` from the averaged weights.
+    def write_bundle(self, flow: Flow) -> None:
+        """Write ``bundle/`` from the flow with averaged weights.
 
         Only what determines the weights goes into its configuration, so that the same weights keep
         their model id; results of an evaluation and a calibration stay as long as the id does.
         """
         trainer, config = self.trainer, self._config
         directory = self._out / BUNDLE
-        flow = trainer.averaged_flow()
         facts = RunFacts(
             command=self._origin.command,
             data_name=self._origin.data_name,
@@ -176,6 +203,13 @@ class Run:
         )
         if earlier and earlier.model_id == bundle.model_id:
             _carry_over(earlier, bundle)
+
+
+def write_config(directory: Path, config: TrainConfig) -> None:
+    """The resolved configuration as a preset file, from which the same run can be started anywhere."""
+    part = directory / f"{CONFIG}.part"
+    part.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    part.replace(directory / CONFIG)
 
 
 def _carry_over(earlier: Bundle, bundle: Bundle) -> None:

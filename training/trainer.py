@@ -1,8 +1,8 @@
 """The training loop: from a configuration and images to weights.
 
-A step's noise, dropped labels and flips come from a generator seeded with (seed, step), and its
-images from the epoch's order, so the step number alone fixes all randomness and a resumed run is
-bit-equal to an uninterrupted one.
+A step's noise, dropped labels and flips come from a generator seeded with its number, and its images from the epoch's
+order (:mod:`training.batches`): so the step alone fixes all randomness, whatever the number of processes, and a resumed
+run is bit-equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,20 +13,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import FlowConfig
-from model.flow import NO_CLASS, Flow
-from model.likelihood import add_noise, bits_per_dim, prior_terms
-from training.checkpoint import TrainState, check_continues, data_fingerprint, load_checkpoint, save_checkpoint
+from model.config import FlowConfig, check
+from model.flow import Flow
+from model.likelihood import bits_per_dim, prior_terms
+from training.batches import Batches
+from training.checkpoint import (
+    TrainState,
+    check_continues,
+    check_space,
+    data_fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from training.config import TrainConfig
-from training.data import Images, epoch_order
+from training.data import Images
+from training.execution import check_compiler, part_of_batch, prepare
 from training.optimizer import WeightAverage, bf16_is_faster, learning_rate
+from training.processes import ALONE, ProcessError, Processes
+from training.sharding import gathered, placed, placed_optimizer, whole
 
 MAX_SKIPPED_IN_A_ROW = 50
 PRIOR_RATE = 0.1
+CHECKPOINT_SECONDS = 120.0
+"""What a run that is killed has to do again, at most."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -50,7 +62,7 @@ class StepReport:
 
 
 class Trainer:
-    """Trains one flow in one process; construct, then :meth:`run`.
+    """Trains one flow, alone or as one of several processes that share each batch; construct, then :meth:`run`.
 
     Raises :class:`~training.checkpoint.CheckpointError` when ``out`` holds a run with another
     configuration, :class:`TrainingDiverged` when the loss stays non-finite.
@@ -63,9 +75,18 @@ class Trainer:
         out: Path,
         device: torch.device,
         build: Callable[[FlowConfig], Flow] = Flow,
+        *,
+        processes: Processes = ALONE,
     ) -> None:
         """``build`` makes the flow of a configuration: a baseline is trained by the same loop."""
-        self.config, self.out, self.device, self._build = config, out, device, build
+        self.config, self.out, self.device, self._build, self.processes = config, out, device, build, processes
+        with processes.together():
+            self._check(images)
+        self._start()
+
+    def _check(self, images: Images) -> None:
+        """Refuse what cannot be trained; nothing is written yet."""
+        config, processes = self.config, self.processes
         if config.data.holdout >= len(images):
             raise ValueError(
                 f"holdout: got {config.data.holdout}, allowed is less than the {len(images)} images there are"
@@ -76,11 +97,44 @@ class Trainer:
             raise ValueError(
                 f"data: got {len(self.images)} training images, allowed is >= batch_size {options.batch_size}"
             )
+        share = processes.size * config.execution.accumulation
+        check(
+            options.batch_size % share == 0,
+            "batch_size",
+            options.batch_size,
+            f"a multiple of {share} ({processes.size} processes with execution.accumulation = "
+            f"{config.execution.accumulation})",
+        )
+        check_compiler(config.execution)
         self.data_sha256 = data_fingerprint(self.images)
-        self.steps_per_epoch = len(self.images) // options.batch_size
+        self.batches = Batches(self.images, config, self.device, processes)
+        self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = max(1, round(options.epochs * self.steps_per_epoch))
+
+    def _start(self) -> None:
+        """Weights, optimizer and average: new, or from the checkpoint of the first process."""
+        config, options, processes = self.config, self.config.optimization, self.processes
+        hashes = processes.gather(self.data_sha256)
+        if len(set(hashes)) > 1:
+            raise ProcessError("data: the processes have different training images, allowed is the same for all")
         torch.manual_seed(config.seed)
-        self.flow = build(config.flow).to(device)
+        self.flow = self._build(config.flow).to(self.device)
+        self.step = self.images_seen = self.skipped_steps = 0
+        self.seconds = 0.0
+        self.stop_requested = False
+        self._skipped_in_a_row = 0
+        state = None
+        with processes.together():
+            if processes.is_first:
+                state = load_checkpoint(self.out)
+                if state is not None:
+                    check_continues(self.out, state, config, self.data_sha256)
+                self.out.mkdir(parents=True, exist_ok=True)
+                check_space(self.out, self.flow)
+        state = processes.from_first(state)
+        if state is not None:
+            self.flow.load_state_dict(state.model)
+        self._model = prepare(self.flow, config.execution, self.device, processes)
         self.optimizer = torch.optim.AdamW(
             self.flow.parameters(),
             lr=options.learning_rate,
@@ -89,31 +143,29 @@ class Trainer:
             fused=True,
         )
         self.average = WeightAverage(self.flow, options.ema_decay)
-        self.step = self.images_seen = self.skipped_steps = 0
-        self.seconds = 0.0
-        self.stop_requested = False
-        self._order_of_epoch: tuple[int, np.ndarray] | None = None
-        self._skipped_in_a_row = 0
-        out.mkdir(parents=True, exist_ok=True)
-        state = load_checkpoint(out)
         if state is None:
-            bf16 = bf16_is_faster(device) if options.precision == "auto" else options.precision == "bf16"
-            self.precision = "bf16" if bf16 else "float32"
+            bf16 = bf16_is_faster(self.device) if options.precision == "auto" else options.precision == "bf16"
+            self.precision = processes.from_first("bf16" if bf16 else "float32")
         else:
             self.precision = state.precision
             self._restore(state)
 
     def _restore(self, state: TrainState) -> None:
-        check_continues(self.out, state, self.config, self.data_sha256)
-        self.flow.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
-        self.average.tensors = {k: v.to(self.device) for k, v in state.average.items()}
+        self.optimizer.load_state_dict(placed_optimizer(state.optimizer, self.optimizer))
+        self.average.tensors = {k: placed(state.average[k], like) for k, like in self.average.tensors.items()}
         self.average.updates = state.average_updates
         self.step, self.images_seen, self.seconds = state.step, state.images_seen, state.seconds
         self.skipped_steps = state.skipped_steps
 
     def save(self) -> None:
-        """Write a checkpoint from which this run continues exactly."""
+        """Write a checkpoint from which this run continues exactly, with any number of processes; all call this."""
+        is_first = self.processes.is_first
+        model, optimizer, average = (
+            gathered(content, keep=is_first)
+            for content in (self.flow.state_dict(), self.optimizer.state_dict(), self.average.tensors)
+        )
+        if not is_first:
+            return
         state = TrainState(
             config=self.config,
             precision=self.precision,
@@ -121,41 +173,52 @@ class Trainer:
             images_seen=self.images_seen,
             seconds=self.seconds,
             skipped_steps=self.skipped_steps,
-            model=self.flow.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            average=self.average.tensors,
+            model=model,
+            optimizer=optimizer,
+            average=average,
             average_updates=self.average.updates,
             data_sha256=self.data_sha256,
         )
         save_checkpoint(self.out, state)
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The averaged weights, whole in the first process; with several processes all call this together."""
+        weights: dict[str, Tensor] = gathered(self.average.tensors, keep=self.processes.is_first)
+        return weights
+
     def averaged_flow(self) -> Flow:
-        """A copy of the flow with the averaged weights: what is evaluated and served."""
+        """A copy of the flow with :meth:`averaged_weights`: what is evaluated and served."""
+        weights = self.averaged_weights()
         flow = self._build(self.config.flow).to(self.device)
-        flow.load_state_dict(self.average.tensors)
+        flow.load_state_dict(weights)
         return flow.eval().requires_grad_(False)
 
-    def _batch(self) -> tuple[Tensor, Tensor | None]:
-        """Noisy patches and labels of the present step, a function of (seed, step)."""
-        options, size = self.config.optimization, self.config.optimization.batch_size
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
-            self._order_of_epoch = (epoch, epoch_order(len(self.images), self.config.seed, epoch))
-        chosen = self._order_of_epoch[1][position * size : (position + 1) * size]
-        generator = torch.Generator(self.device)
-        generator.manual_seed(self.config.seed * 1_000_003 + self.step)
-        pixels = torch.from_numpy(self.images.pixels[chosen]).to(self.device)
-        if self.config.data.flip:
-            flipped = torch.rand(size, 1, 1, 1, generator=generator, device=self.device) < 0.5
-            pixels = torch.where(flipped, pixels.flip(3), pixels)
-        sample = torch.randn if self.config.noise.kind == "gaussian" else torch.rand
-        draw = sample(pixels.shape, generator=generator, device=self.device)
-        x_BTD = self.flow.patchify(add_noise(pixels, self.config.noise, draw))
-        if not self.config.flow.num_classes:
-            return x_BTD, None
-        labels = torch.from_numpy(self.images.labels[chosen]).to(self.device)
-        dropped = torch.rand(size, generator=generator, device=self.device) < options.label_drop
-        return x_BTD, torch.where(dropped, NO_CLASS, labels)
+    def _loss(self, image_BCHW: Tensor, y_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of noisy images, their mean log-likelihood in nats, and the mean square (T, D) of z."""
+        num_dims = self.config.flow.num_dims
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            z_BTD, logdet_B = self._model(self.flow.patchify(image_BCHW), y_B)
+        # Paper, equation 6: the negative log-likelihood per dimension without the prior's constant.
+        loss = 0.5 * z_BTD.square().mean() - logdet_B.mean() / num_dims
+        with torch.no_grad():
+            nats_B = prior_terms(z_BTD, self.flow.prior_variance).sum(dim=(1, 2)) + logdet_B
+            return loss, nats_B.mean(), z_BTD.square().mean(dim=0)
+
+    def _gradient(self) -> tuple[float, float, Tensor]:
+        """The gradient of a whole batch, left in the parameters; returns loss, bits/dim, and the mean square of z."""
+        figures = torch.zeros(2, device=self.device)
+        square_TD = torch.zeros_like(self.flow.prior_variance)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.batches.parts(self.step)
+        for number, (image_BCHW, y_B) in enumerate(parts):
+            with part_of_batch(self._model, is_last=number == len(parts) - 1):
+                loss, nats, part_TD = self._loss(image_BCHW, y_B)
+                (loss / len(parts)).backward()
+            figures += torch.stack([loss.detach(), nats]) / len(parts)
+            square_TD += part_TD / len(parts)
+        loss_mean, nats_mean = self.processes.mean(figures).tolist()
+        bits = float(bits_per_dim(nats_mean, self.config.flow.num_dims, self.config.noise))
+        return loss_mean, bits, square_TD
 
     def _train_step(self) -> tuple[float, float, float, float]:
         """One optimizer step; returns loss, bits/dim, gradient norm and learning rate."""
@@ -164,19 +227,14 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, warmup_steps, options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        x_BTD, y_B = self._batch()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            z_BTD, logdet_B = self.flow(x_BTD, y_B)
-        # Paper, equation 6: the negative log-likelihood per dimension without the prior's constant.
-        loss = 0.5 * z_BTD.square().mean() - logdet_B.mean() / self.config.flow.num_dims
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm)
-        if math.isfinite(norm.item()) and math.isfinite(loss.item()):
+        loss, bits, square_TD = self._gradient()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm)).item()
+        # All processes have the same norm and loss, and so come to the same end.
+        if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
             if self.config.flow.volume_preserving:
                 with torch.no_grad():
-                    self.flow.prior_variance.lerp_(z_BTD.detach().square().mean(dim=0), PRIOR_RATE)
+                    self.flow.prior_variance.lerp_(self.processes.mean(square_TD), PRIOR_RATE)
             self.average.update(self.flow)
             self._skipped_in_a_row = 0
         else:
@@ -187,12 +245,9 @@ class Trainer:
                     f"{MAX_SKIPPED_IN_A_ROW} steps in a row up to step {self.step} had a non-finite loss or gradient; "
                     "lower the learning rate, or use float32"
                 )
-        with torch.no_grad():
-            nats = prior_terms(z_BTD, self.flow.prior_variance).sum(dim=(1, 2)) + logdet_B
-            bits = bits_per_dim(nats.mean(), self.config.flow.num_dims, self.config.noise)
-        return loss.item(), float(bits), norm.item(), rate
+        return loss, bits, norm, rate
 
-    def run(self, observe: Callable[[StepReport], None], checkpoint_seconds: float = 120.0) -> bool:
+    def run(self, observe: Callable[[StepReport], None], checkpoint_seconds: float = CHECKPOINT_SECONDS) -> bool:
         """Train until done or :attr:`stop_requested`; returns whether the run is complete.
 
         ``observe`` is called after every step. A checkpoint is written every
@@ -200,7 +255,8 @@ class Trainer:
         """
         last_save = time.monotonic()
         self.flow.train()
-        while self.step < self.total_steps and not self.stop_requested:
+        stop = self.processes.any(self.stop_requested)[0]
+        while self.step < self.total_steps and not stop:
             start = time.monotonic()
             loss, bits, norm, rate = self._train_step()
             elapsed = time.monotonic() - start
@@ -221,7 +277,9 @@ class Trainer:
                     skipped_steps=self.skipped_steps,
                 )
             )
-            if time.monotonic() - last_save > checkpoint_seconds:
+            due = time.monotonic() - last_save >= checkpoint_seconds
+            stop, save = self.processes.any(self.stop_requested, due)
+            if save:
                 self.save()
                 last_save = time.monotonic()
         self.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from training import checkpoint
 from training.checkpoint import FILE_NAME, CheckpointError, load_checkpoint
 from training.config import TrainConfig
 from training.data import Images
@@ -81,3 +83,15 @@ def test_length_name_and_recommendation_may_change(out: Path, config: TrainConfi
 def test_other_images_are_refused(out: Path, config: TrainConfig, make_images: Callable[..., Images]) -> None:
     with pytest.raises(CheckpointError, match="other training images"):
         Trainer(config, make_images(seed=5), out, CPU)
+
+
+def test_a_disk_without_room_is_named_before_the_first_step(
+    config: TrainConfig, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(
+        ValueError, match=r"out: .*run has 0\.0 MiB free, allowed is at least 0\.\d MiB for checkpoints"
+    ):
+        Trainer(config, images, tmp_path / "run", CPU)
+    assert list((tmp_path / "run").iterdir()) == []

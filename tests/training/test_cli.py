@@ -84,10 +84,17 @@ def test_the_commands_are_cheap_to_import_and_list() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
     )
     *presets, has_torch = result.stdout.splitlines()
-    assert [line.split(":")[0] for line in presets] == [
+    assert [line.split(":")[0] for line in presets if not line.startswith(" ")] == [
+        "afhq256",
         "deep-shallow-28",
+        "emoji-64",
         "fashion-mnist",
         "fashion-mnist-likelihood",
+        "imagenet128",
+        "imagenet64-conditional",
+        "imagenet64-conditional-p4",
+        "imagenet64-likelihood",
+        "imagenet64-unconditional",
         "latents-256",
         "parts-64",
         "photos-64",
@@ -111,6 +118,42 @@ def test_options_override_the_preset(preset_file: Path, idx_data: Path, tmp_path
         f"step_{n:06d}.png" for n in (4, 8, 10)
     ]
     assert "--batch-size 4 --learning-rate 0.001 --precision bf16 --seed 7 --name mine" in bundle.card
+
+
+def test_any_field_is_set_and_the_resolved_configuration_is_a_preset(
+    preset_file: Path, idx_data: Path, tmp_path: Path
+) -> None:
+    settings = ("--set", "flow.width=24", "--set", "ema_decay=0.5", "--set", "optimization.learning_rate=2e-3")
+    out = tmp_path / "run"
+    invoke("train", preset_file, "--data", idx_data, "--out", out, "--epochs", 1, *settings)
+    bundle = read_bundle(out / "bundle")
+    assert bundle.config.flow.width == 24
+    assert bundle.config.training["optimization"]["ema_decay"] == 0.5
+    assert bundle.config.training["optimization"]["learning_rate"] == 2e-3
+    assert "--set flow.width=24 --set ema_decay=0.5" in bundle.card
+    # The same run from its own file: nothing is left to do, and it is no other run.
+    again, _ = invoke("train", out / "config.yaml", "--data", idx_data, "--out", out)
+    assert "continuing at step 5 of 5" in again
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("flow.widht=24", "flow.widht', which is no field of a configuration; allowed is flow.width"),
+        ("width=wide", "flow.width: got 'wide'"),
+        ("noise.std=9", "noise.std: got 9, allowed is a number in (0, 2)"),
+        ("flip", "set: got 'flip', allowed is FIELD=VALUE"),
+        ("batch_size=[", "batch_size: got '['"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(
+    preset_file: Path, idx_data: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    _, error = invoke(
+        *("train", preset_file, "--data", idx_data, "--out", tmp_path / "run", "--set", setting), status=2
+    )
+    assert message in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_writes_the_card_and_replaces_what_it_wrote(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,62 @@ from typing import Any
 import pytest
 import yaml
 
+from model.config import FlowConfig, NoiseProtocol
+from model.flow import Flow
 from training.config import TrainConfig, load_preset, preset_names
+from training.listing import num_parameters
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_says_what_it_is_and_where_it_is_from(name: str) -> None:
+    config = load_preset(name)
+    assert "Data:" in config.about
+    assert "arXiv 2412.06329" in config.provenance or "arXiv 2506.06276" in config.provenance
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shape", "noise", "batch_size", "epochs", "num_classes"),
+    [
+        ("imagenet64-likelihood", 64, (2, 768, 8, 8), None, 256, 100, 0),
+        ("imagenet64-unconditional", 64, (2, 768, 8, 8), 0.05, 256, 200, 0),
+        ("imagenet64-conditional", 64, (2, 768, 8, 8), 0.05, 256, 200, 1000),
+        ("imagenet64-conditional-p4", 64, (4, 1024, 8, 8), 0.05, 256, 200, 1000),
+        ("imagenet128", 128, (4, 1024, 8, 8), 0.15, 768, 320, 1000),
+        ("afhq256", 256, (8, 768, 8, 8), 0.07, 256, 4000, 3),
+    ],
+)
+def test_the_published_recipes(
+    name: str, size: int, shape: tuple[int, ...], noise: float | None, batch_size: int, epochs: int, num_classes: int
+) -> None:
+    config = load_preset(name)
+    flow, options = config.flow, config.optimization
+    assert (flow.patch_size, flow.width, flow.num_blocks, flow.layers_per_block) == shape
+    assert (flow.image_size, flow.num_classes, config.data.flip) == (size, num_classes, True)
+    assert (options.batch_size, options.epochs, options.learning_rate) == (batch_size, epochs, 1e-4)
+    assert (options.final_learning_rate, options.warmup_epochs, options.weight_decay) == (1e-6, 1, 1e-4)
+    assert options.precision == ("float32" if noise is None else "bf16")
+    assert config.noise == (NoiseProtocol(kind="gaussian", std=noise) if noise else NoiseProtocol(kind="uniform"))
+
+
+@pytest.mark.parametrize("volume_preserving", [False, True])
+@pytest.mark.parametrize(("num_classes", "conditioned_blocks"), [(0, None), (3, None), (3, (0, 2))])
+def test_weights_are_counted_without_making_them(
+    num_classes: int, conditioned_blocks: tuple[int, ...] | None, volume_preserving: bool
+) -> None:
+    flow = FlowConfig(
+        image_size=8,
+        channels=3,
+        patch_size=2,
+        width=16,
+        num_blocks=3,
+        layers_per_block=(1, 2, 1),
+        head_dim=8,
+        expansion=3,
+        num_classes=num_classes,
+        volume_preserving=volume_preserving,
+        conditioned_blocks=conditioned_blocks,
+    )
+    assert num_parameters(flow) == sum(p.numel() for p in Flow(flow).parameters())
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -17,7 +17,7 @@ from model.bundle import CALIBRATION, CARD, read_bundle
 from model.weights import load_flow, update_bundle
 from training.card import calibration_note, evaluation_section, with_calibration, with_evaluation
 from training.classes import resolve_classes
-from training.config import TrainConfig
+from training.config import TrainConfig, load_preset
 from training.data import Images, load_images
 from training.log import read_log
 from training.run import Origin, Run
@@ -36,10 +36,17 @@ def make_run(config: TrainConfig, images: Images, out: Path, sample_every: int |
 def test_a_run_leaves_log_samples_and_a_servable_bundle(config: TrainConfig, images: Images, tmp_path: Path) -> None:
     run = make_run(config, images, tmp_path)
     assert run.execute()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "checkpoint.pt", "log.jsonl", "samples"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "bundle",
+        "checkpoint.pt",
+        "config.yaml",
+        "log.jsonl",
+        "samples",
+    ]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [f"step_{n:06d}.png" for n in (5, 10, 15)]
     assert [line["step"] for line in read_log(tmp_path)] == [10, 15]
     bundle = read_bundle(tmp_path / "bundle")
+    assert load_preset(str(tmp_path / "config.yaml")) == run.trainer.config
     assert bundle.config.class_names == ("0", "1")
     assert bundle.sampling == config.sampling
     assert ORIGIN.command in bundle.card
@@ -64,14 +71,14 @@ def test_a_signal_stops_the_run_and_it_continues(
     run = make_run(config, images, tmp_path)
     original = Trainer.run
 
-    def run_and_signal(trainer: Trainer, observe: Callable[[StepReport], None]) -> bool:
+    def run_and_signal(trainer: Trainer, observe: Callable[[StepReport], None], checkpoint_seconds: float) -> bool:
         def observe_and_signal(report: StepReport) -> None:
             # Step 5 is due for samples: the signal must not have to wait for them.
             if report.step == 5:
                 os.kill(os.getpid(), number)
             observe(report)
 
-        return original(trainer, observe_and_signal)
+        return original(trainer, observe_and_signal, checkpoint_seconds)
 
     monkeypatch.setattr(Trainer, "run", run_and_signal)
     assert not run.execute()

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from model.config import NoiseProtocol
 from model.flow import Flow
+from training.batches import Batches
 from training.config import TrainConfig
 from training.data import Images
+from training.processes import ALONE, Processes
 from training.trainer import MAX_SKIPPED_IN_A_ROW, StepReport, Trainer, TrainingDiverged
 
 CPU = torch.device("cpu")
@@ -158,6 +160,59 @@ def test_a_run_that_stays_not_finite_ends(config: TrainConfig, images: Images, t
 def test_fewer_images_than_a_batch(config: TrainConfig, images: Images, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 6 training images, allowed is >= batch_size 8"):
         Trainer(config, images.part(0, 10), tmp_path, CPU)
+
+
+def test_a_batch_that_does_not_divide_is_refused(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    expected = r"batch_size: got 8, allowed is a multiple of 3 \(1 processes with execution\.accumulation = 3\)"
+    with pytest.raises(ValueError, match=expected):
+        Trainer(config.with_overrides(accumulation=3), images, tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+# Torch's compiler uses what torch itself calls deprecated, and looks at gradients where it warns of that.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accumulation": 2},
+        {"recompute": True},
+        # Compiling takes a compiler, and its time.
+        pytest.param({"compile": True}, marks=pytest.mark.long),
+        pytest.param({"compile": True, "recompute": True}, marks=pytest.mark.long),
+    ],
+)
+def test_how_steps_are_computed_changes_no_curve(
+    config: TrainConfig, images: Images, tmp_path: Path, change: dict[str, object]
+) -> None:
+    plain = train(Trainer(config, images, tmp_path / "plain", CPU))
+    other = train(Trainer(config.with_overrides(**change), images, tmp_path / "other", CPU))
+    for field in ("loss", "bits_per_dim"):
+        assert [getattr(r, field) for r in other] == pytest.approx([getattr(r, field) for r in plain], abs=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    config: TrainConfig, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"execution\.compile: got True, allowed is false where there is no C\+\+"):
+        Trainer(config.with_overrides(compile=True), images, tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_takes_the_same_batches(config: TrainConfig, images: Images, world: int) -> None:
+    config = config.with_overrides(flip=True)
+    alone = Batches(images, config, CPU, ALONE)
+    together = [Batches(images, config, CPU, Processes(rank, world)) for rank in range(world)]
+    # Across an epoch's end, in order and after a jump.
+    for step in (3, 4, 5, 6, 17):
+        ((whole_BCHW, whole_B),) = alone.parts(step)
+        parts = [batches.parts(step)[0] for batches in together]
+        assert torch.equal(torch.cat([image for image, _ in parts]), whole_BCHW)
+        assert whole_B is not None
+        assert torch.equal(torch.cat([y_B for _, y_B in parts if y_B is not None]), whole_B)
 
 
 def test_refactors_do_not_move_the_numbers(config: TrainConfig, images: Images, tmp_path: Path) -> None:

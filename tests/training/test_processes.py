@@ -1,0 +1,168 @@
+"""Several processes as ``torchrun`` starts them: the same training as one, and an end for all when one fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training.checkpoint import FILE_NAME
+from training.log import read_log
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 300.0
+
+DRIVER = '''
+"""The commands of training, in a process that dies, or is shown no data, where the test wants it."""
+import os
+import signal
+import sys
+
+from training.trainer import Trainer
+
+step = Trainer._train_step
+rank = os.environ.get("RANK", "0")
+
+
+def dying_step(self):
+    if self.step == int(os.environ.get("DIES_AT", "-1")) and rank == os.environ.get("DIES", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+
+
+Trainer._train_step = dying_step
+if rank == os.environ.get("HAS_NO_DATA"):
+    sys.argv[sys.argv.index("--data") + 1] = "no-such-directory"
+
+from training.cli import app
+
+app()
+'''
+
+
+def start(
+    directory: Path, preset: Path, data: Path, out: Path, *options: str, processes: int = 1, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Train in so many real processes, to the end of all of them."""
+    driver = directory / "driver.py"
+    driver.write_text(DRIVER)
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    )
+    return subprocess.run(
+        [
+            *(sys.executable, *launcher, str(driver), "train", str(preset), "--data", str(data), "--out", str(out)),
+            *("--device", "cpu", "--checkpoint-seconds", "0", *options),
+        ],
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+
+
+def checkpoint(out: Path) -> dict[str, Any]:
+    """What a run ended with."""
+    content: dict[str, Any] = torch.load(out / FILE_NAME, weights_only=True)
+    return content
+
+
+def losses(out: Path) -> list[float]:
+    """The logged losses."""
+    return [line["loss"] for line in read_log(out)]
+
+
+@pytest.fixture
+def straight(tmp_path: Path, preset_file: Path, idx_data: Path) -> Path:
+    """A run in one process that nothing interrupts: 30 steps."""
+    out = tmp_path / "straight"
+    finished = start(tmp_path, preset_file, idx_data, out, "--epochs", "6")
+    assert finished.returncode == 0, finished.stderr
+    return out
+
+
+def test_two_processes_and_parts_of_a_batch_give_the_same_curve(
+    straight: Path, tmp_path: Path, preset_file: Path, idx_data: Path
+) -> None:
+    out = tmp_path / "two"
+    options = ("--epochs", "6", "--set", "accumulation=2", "--set", "recompute=true")
+    finished = start(tmp_path, preset_file, idx_data, out, *options, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("starting of 30") == 1
+    assert "2 processes" in finished.stdout
+    # The same sums in another order. Weights are not compared: where a gradient is zero but for rounding, as that of
+    # the keys' bias, AdamW makes steps of it that change nothing else.
+    assert losses(out) == pytest.approx(losses(straight), abs=1e-4)
+    assert checkpoint(out)["step"] == checkpoint(straight)["step"] == 30
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in straight.iterdir())
+
+
+@pytest.mark.long
+def test_a_killed_run_ends_with_the_very_weights(
+    straight: Path, tmp_path: Path, preset_file: Path, idx_data: Path
+) -> None:
+    out = tmp_path / "killed"
+    killed = start(tmp_path, preset_file, idx_data, out, "--epochs", "6", DIES_AT="17")
+    assert killed.returncode == -9
+    resumed = start(tmp_path, preset_file, idx_data, out, "--epochs", "6")
+    assert "continuing at step 17 of 30" in resumed.stdout
+    ours, theirs = checkpoint(out), checkpoint(straight)
+    for part in ("model", "average"):
+        assert [name for name in theirs[part] if not torch.equal(ours[part][name], theirs[part][name])] == []
+    for index, values in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(ours["optimizer"]["state"][index][name], value) for name, value in values.items())
+    assert losses(out) == losses(straight)
+
+
+@pytest.mark.long
+def test_when_one_dies_all_end_and_any_number_continues(
+    straight: Path, tmp_path: Path, preset_file: Path, idx_data: Path
+) -> None:
+    whole, same, other = (tmp_path / name for name in ("whole", "same", "other"))
+    assert start(tmp_path, preset_file, idx_data, whole, "--epochs", "6", processes=2).returncode == 0
+    killed = start(tmp_path, preset_file, idx_data, same, "--epochs", "6", processes=2, DIES_AT="17", DIES="1")
+    assert killed.returncode != 0
+    assert "process 0 of 2 lost another one" in killed.stderr
+    shutil.copytree(same, other)
+    for out, processes in ((same, 2), (other, 1)):
+        resumed = start(tmp_path, preset_file, idx_data, out, "--epochs", "6", processes=processes)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "continuing at step 17 of 30" in resumed.stdout
+    assert losses(same) == pytest.approx(losses(whole), abs=1e-6)
+    assert losses(other) == pytest.approx(losses(straight), abs=1e-4)
+
+
+@pytest.mark.long
+def test_what_one_is_refused_with_the_first_one_says(tmp_path: Path, preset_file: Path, idx_data: Path) -> None:
+    refused = start(tmp_path, preset_file, idx_data, tmp_path / "run", processes=2, HAS_NO_DATA="1")
+    assert refused.returncode != 0
+    assert refused.stderr.count("process 1 of 2: no-such-directory: no such directory") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_shards_of_the_weights_give_the_same_curve_and_whole_checkpoints(
+    straight: Path, tmp_path: Path, preset_file: Path, idx_data: Path
+) -> None:
+    out, again = tmp_path / "shards", tmp_path / "again"
+    options = ("--epochs", "6", "--set", "shard=true", "--set", "accumulation=2")
+    killed = start(tmp_path, preset_file, idx_data, out, *options, processes=2, DIES_AT="17", DIES="0")
+    assert killed.returncode != 0
+    shutil.copytree(out, again)
+    # From the shards of two processes to more shards, and to none at all.
+    for where, processes in ((out, 2), (again, 1)):
+        resumed = start(tmp_path, preset_file, idx_data, where, *options, processes=processes)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "continuing at step 17 of 30" in resumed.stdout
+        assert losses(where) == pytest.approx(losses(straight), abs=1e-4)
+        ours, theirs = checkpoint(where), checkpoint(straight)
+        for part in ("model", "average"):
+            assert {k: v.shape for k, v in ours[part].items()} == {k: v.shape for k, v in theirs[part].items()}
+        assert sorted(path.name for path in where.iterdir()) == sorted(path.name for path in straight.iterdir())
