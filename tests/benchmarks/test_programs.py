@@ -45,6 +45,7 @@ def test_sampling_by_some_methods(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert all(row["share_of_roofline"] > 0 for row in result["methods"])
 
 
+@pytest.mark.long
 def test_denoising(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     content = document(monkeypatch, capsys, denoising, *SMALL_DENOISING)
     assert content["size"] == {"blocks": 8, "layers": 1, "width": 64, "image_size": 16, "rows": 2}

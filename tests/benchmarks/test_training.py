@@ -48,6 +48,7 @@ def test_the_published_loop_computes_what_ours_does() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.long
 def test_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     preset = tmp_path / "tiny.yaml"
     preset.write_text(yaml.safe_dump(CONTENT))

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.faults.cluster import Cluster, free_port
 from tests.service.pictures import answered, file, pixels
@@ -94,6 +95,7 @@ def test_any_replica_answers_with_any_worker_s_work(cluster: Cluster) -> None:
         assert "Traceback" not in process.log
 
 
+@pytest.mark.long
 def test_an_api_process_starts_before_redis_and_recovers(cluster: Cluster) -> None:
     """With a password, which nobody prints; and beside a device that is not there."""
     assert cluster.redis.stop() == 0

@@ -54,6 +54,7 @@ def calibrate(client: httpx.Client) -> None:
     )
 
 
+@pytest.mark.long
 def test_what_one_replica_accepts_another_answers(cluster: Cluster) -> None:
     one, other, worker = cluster.api(*PATIENT), cluster.api(*PATIENT), cluster.worker(*PATIENT)
     for api in (one, other):
@@ -99,6 +100,7 @@ def jobs_state(document: dict[str, Any], image: int, block: int) -> Any:
     return opened(document["result"]["images"][image]["trajectory"][block - 1]).astype(int)
 
 
+@pytest.mark.long
 def test_a_key_is_known_to_every_replica(cluster: Cluster) -> None:
     one, other, worker = cluster.api(*PATIENT), cluster.api(*PATIENT), cluster.worker(*PATIENT)
     for api in (one, other):
