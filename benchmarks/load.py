@@ -126,6 +126,9 @@ class _Client:
     async def _exchange(self, number: int) -> int:
         which = number % len(self._places)
         place, free = self._places[which], self._free.setdefault(which, [])
+        # One that a burst has opened may have been closed by the service since, which waits only so long for more.
+        while free and free[-1][0].at_eof():
+            free.pop()[1].close()
         reader, writer = free.pop() if free else await asyncio.open_connection(place.hostname, place.port)
         try:
             writer.write(_request(self._load, place.netloc, number))

@@ -4,7 +4,7 @@ Run it with ``python -m benchmarks.serving [--only latency,batching,overload,soa
 [--json]``. Everything is a real process: a redis-server, two ``tarflow api``, two ``tarflow worker``; and ``tarflow
 serve``; the load comes from a process of its own (``benchmarks.load``). CPU time is what the kernel's clocks say of all
 processes of the service together. Without ``--only`` everything but soak and peers is measured. Peers need the extra
-``bench``. A quiet machine is needed: what is compared shares it.
+``bench``. A quiet machine is needed: what is compared shares it; how quiet it was is told after each measurement.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ import numpy as np
 import torch
 
 from benchmarks.deployment import Deployment, distributed, embedded
-from benchmarks.load import Answers, Load, answers, apply, loading, percentile
+from benchmarks.load import OK, Answers, Load, answers, apply, loading, percentile
+from benchmarks.quietness import Quietness, lateness
 from benchmarks.report import environment, print_json, print_report
 from model.bundle import BUNDLED, open_bundle
 from model.config import SolverOptions
@@ -41,6 +43,8 @@ from service.jobs import ModelInfo
 SAMPLES, SCORES_A_SECOND, CONCURRENT_SCORES, CONCURRENT_SAMPLES = 32, 10.0, 64, 64
 BATCH = 64
 OVERLOAD, OVERLOAD_ROUNDS = 10.0, 3
+REFUSED = (429, 503)
+"""Answers that say when to come again."""
 SETTLING_SECONDS = 2.5
 WARM_SECONDS = 3.0
 """The beginning of a load, which is not counted."""
@@ -241,23 +245,30 @@ def _bounded(name: str, models: Path, peak: float | None) -> Iterator[Deployment
 
 
 def soak(models: Path, minutes: float, forms: list[str]) -> Rows:
-    """Moderate load for long: memory of each process after the first minute and in the end."""
+    """Moderate load for long, a third of the samples that can be drawn: memory of each process after the first minute
+    and in the end. What the queue has no room for, on a machine that has got slower since, is refused and counted."""
     for name, start in _forms(models):
         if name not in forms:
             continue
         with start() as deployment:
-            rates = {"score": SCORES_A_SECOND, "sample": 2.0}
+            _warmed_up(deployment, "score", "sample")
+            burst = Load(urls=deployment.urls, kind="sample", seconds=2 * WARM_SECONDS, concurrency=SAMPLES)
+            rates = {"score": SCORES_A_SECOND, "sample": min(2.0, apply(burst).throughput / 3)}
             loads = [
                 Load(urls=deployment.urls, kind=kind, seconds=60 * minutes, rate=rate) for kind, rate in rates.items()
             ]
             with loading(loads[0]) as scoring, loading(loads[1]) as sampling:
                 time.sleep(min(60.0, 30 * minutes))
                 first = deployment.resident_bytes()
-                found = [answers(scoring), answers(sampling)]
+                statuses = Counter([*answers(scoring).statuses, *answers(sampling).statuses])
                 last = deployment.resident_bytes()
+        answered, refused = statuses.pop(OK, 0), sum(statuses.pop(status, 0) for status in REFUSED)
         yield Row("soak", name, "minutes", minutes, "")
-        yield Row("soak", name, "requests", sum(len(each.statuses) for each in found), "")
-        yield Row("soak", name, "not answered well", sum(len(each.of(None)) for each in found), "", "0")
+        yield Row("soak", name, "answered", answered, "")
+        yield Row("soak", name, "refused", refused, "")
+        for status, count in statuses.items():
+            yield Row("soak", name, f"status {status}" if status else "broken connections", count, "", "0")
+        yield Row("soak", name, "not answered well", sum(statuses.values()), "", "0")
         for process, size in last.items():
             yield Row("soak", name, f"memory of {process}", size / 2**20, "MiB")
             grown = 100 * (size / first[process] - 1)
@@ -309,6 +320,14 @@ def peers(models: Path, seconds: float) -> Rows:
         )
 
 
+def _with_machine(name: str, measure: Callable[[], Rows]) -> Rows:
+    """A measurement, and how quiet the machine was: no service answers sooner than timers and processors let it."""
+    late, quietness = lateness(), Quietness()
+    yield from measure()
+    yield Row(name, "the machine", "a sleep ends late, p99", 1000 * max(late, lateness()), "ms")
+    yield Row(name, "the machine", "CPU time taken by other guests", quietness.stolen(), "%")
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -336,7 +355,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if soft < hard else soft, hard))
     rows = []
     for name in wanted:
-        for row in measurements[name]():
+        for row in _with_machine(name, measurements[name]):
             # It takes long: whoever watches sees how far it is.
             print("  ".join(row.cells()), file=sys.stderr, flush=True)
             rows.append(row)
