@@ -1,8 +1,11 @@
-"""Devices by name, as every command takes them."""
+"""Devices by name, as every command takes them, and what they say when their memory is used up."""
 
 from __future__ import annotations
 
 import torch
+
+HOST_MEMORY = ("can't allocate memory", "not enough memory")
+"""What torch's allocator of the host says, on Linux and elsewhere, by a plain ``RuntimeError``."""
 
 
 def visible_devices() -> list[str]:
@@ -27,3 +30,10 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: got {name!r}, but {torch.cuda.device_count()} CUDA devices are usable here")
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether fewer rows might succeed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in HOST_MEMORY)

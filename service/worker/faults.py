@@ -7,14 +7,13 @@ import logging
 
 import torch
 
+from model.device import is_out_of_memory
 from service.jobs import EXIT_DEVICE_LOST
 
 log = logging.getLogger(__name__)
 
 BATCH_FAULTS = (RuntimeError, ValueError, MemoryError)
 """What torch raises on a batch it cannot do; anything else is a fault of ours and ends the process."""
-HOST_MEMORY = ("can't allocate memory", "not enough memory")
-"""What torch's allocator of the host says, on Linux and elsewhere, by a plain ``RuntimeError``."""
 
 
 class DeviceLost(SystemExit):
@@ -22,13 +21,6 @@ class DeviceLost(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(EXIT_DEVICE_LOST)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether fewer rows might succeed."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in HOST_MEMORY)
 
 
 def works(device: torch.device) -> bool:

@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from model.device import is_out_of_memory
 from service.broker.base import Held
 from service.jobs import Job
 from service.worker.ceilings import Ceilings
 from service.worker.cohort import Cohort, group
-from service.worker.faults import BATCH_FAULTS, check_device, is_out_of_memory, make_room
+from service.worker.faults import BATCH_FAULTS, check_device, make_room
 from service.worker.loading import LoadedModel
 from service.worker.meeting import Meetings
 from service.worker.metrics import WorkerMetrics

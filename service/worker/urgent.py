@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 
+from model.device import is_out_of_memory
 from service.jobs import Job
 from service.worker.ceilings import Ceilings
-from service.worker.faults import BATCH_FAULTS, check_device, is_out_of_memory, make_room
+from service.worker.faults import BATCH_FAULTS, check_device, make_room
 from service.worker.loading import MOST_SLICE_ROWS, LoadedModel
 from service.worker.outcomes import Finished, Outcomes
 from service.worker.parts import Part

@@ -26,11 +26,11 @@ def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
     for entry in ("tests", "model", "service"):
         (tmp_path / entry).symlink_to(ROOT / entry)
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     commands = "".join(blocks).replace("8004", str(free_port()))
     # -f makes curl fail on an HTTP error, and -w ends what it prints.
     commands = commands.replace("curl -s ", r"curl -fsSw '\n' ")
-    assert commands.count("curl -fsSw") == commands.count("curl ") == 4
+    assert commands.count("curl -fsSw") == commands.count("curl ") == 5
     # What it leaves running ends with it, as with a terminal.
     script = f"set -euo pipefail\ntrap 'kill $(jobs -p); wait' EXIT\n{commands}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -61,6 +61,10 @@ def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
     assert certificates[0].count("True") == 2
     [verdict] = [json.loads(line) for line in re.findall(r'^\{.*"p_value".*\}$', printed, re.MULTILINE)]
     assert verdict["images"][0]["is_anomaly"] is True
+    tuned = read_bundle(tmp_path / "models" / "tuned")
+    assert tuned.config.training["from"]["model_id"] == bundle.model_id
+    # The service says so of what it serves.
+    assert tuned.model_id in printed
     described = next(line for line in printed.splitlines() if '"recommended"' in line)
     assert json.loads(described)["anomaly"]["calibrated"] is True
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from model.bundle import read_bundle
+from model.device import is_out_of_memory
 from model.sampling.kernel import BlockKernel
 from model.sampling.rows import Rows
 from service.jobs import EXIT_DEVICE_LOST, Job
 from service.worker import ceilings as ceilings_module
 from service.worker import faults, outcomes, room
-from service.worker.faults import DeviceLost, check_device, is_out_of_memory
+from service.worker.faults import DeviceLost, check_device
 from service.worker.loading import LoadedModel
 from service.worker.parts import Part, pack
 from service.worker.room import Room, row_bytes
