@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from model.likelihood import add_noise
 from training.config import TrainConfig
 from training.data import Images, epoch_order
 from training.processes import Processes
+
+Part: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""Noisy images (B, C, H, W), their labels (B,) or None without classes, and the numbers in [0, 1) (B,) that draw wrong
+classes, or None where the loss has none."""
 
 
 class Batches:
@@ -32,8 +37,8 @@ class Batches:
         self._ahead: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
         self._order = (-1, epoch_order(0, 0, 0))
 
-    def parts(self, step: int) -> Sequence[tuple[Tensor, Tensor | None]]:
-        """Noisy images (B, C, H, W) and labels (B,), or None without classes, of each part of a step.
+    def parts(self, step: int) -> Sequence[Part]:
+        """Each part of a step.
 
         Every process draws for the whole batch and takes its rows: so the same numbers meet the same image.
         """
@@ -48,10 +53,14 @@ class Batches:
         parts = self.config.execution.accumulation
         noisy = add_noise(pixels, self.config.noise, draw).chunk(parts)
         if not self.config.flow.num_classes:
-            return [(image, None) for image in noisy]
+            return [(image, None, None) for image in noisy]
         chance_B = torch.rand(self.size, generator=generator, device=self.device)[self._mine]
         y_B = torch.where(chance_B < self.config.optimization.label_drop, NO_CLASS, labels)
-        return list(zip(noisy, y_B.chunk(parts), strict=True))
+        if not self.config.optimization.discriminative_weight:
+            return [(image, label, None) for image, label in zip(noisy, y_B.chunk(parts), strict=True)]
+        # The last draw: with or without it, the others are the same.
+        wrong_B = torch.rand(self.size, generator=generator, device=self.device)[self._mine]
+        return list(zip(noisy, y_B.chunk(parts), wrong_B.chunk(parts), strict=True))
 
     def _take(self, step: int) -> tuple[Tensor, Tensor]:
         """Pixels and labels of a step's rows on the device; those of the next step are asked for."""

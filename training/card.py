@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from model.codecs.config import CodecConfig
 from model.config import FlowConfig, SamplingDefaults
-from training.config import TrainConfig
+from training.config import Optimization, TrainConfig
 from training.duration import duration
 
 BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
@@ -48,6 +48,8 @@ class RunFacts:
     """Version of PyTorch."""
     bits_per_dim: float | None
     """Mean training bits/dim over the last epoch."""
+    started_from: dict[str, str] | None = None
+    """Name and id of the model whose weights it began with; None where it began with new ones."""
 
 
 def architecture(flow: FlowConfig) -> str:
@@ -187,17 +189,35 @@ def _data(config: TrainConfig, facts: RunFacts) -> str:
     return "\n".join(lines)
 
 
+def _start(facts: RunFacts) -> list[str]:
+    if facts.started_from is None:
+        return []
+    return [f"- Fine-tuned from {facts.started_from['name']} (`{facts.started_from['model_id']}`)"]
+
+
+def _discriminative(options: Optimization) -> list[str]:
+    if not options.discriminative_weight:
+        return []
+    count = options.wrong_classes
+    return [
+        f"- Loss: −log p(x | y) − {options.discriminative_weight:g}·log p(y | x), the posterior estimated with "
+        f"{count} wrong class{'' if count == 1 else 'es'} an image (hybrid objective, arXiv 2001.06448)"
+    ]
+
+
 def _training(config: TrainConfig, facts: RunFacts) -> str:
     options = config.optimization
     label_drop = f", label drop {options.label_drop:g}" if config.flow.num_classes else ""
     unfinished = "" if facts.step >= facts.total_steps else f" of {facts.total_steps:,}: not finished"
     skipped = f"; {facts.skipped_steps} skipped as not finite" if facts.skipped_steps else ""
     lines = [
+        *_start(facts),
         f"- Recipe: AdamW ({options.beta1:g}, {options.beta2:g}), weight decay {options.weight_decay:g}, "
         f"learning rate {options.learning_rate:g} to {options.final_learning_rate:g} (cosine, "
         f"{options.warmup_epochs:g} epochs of warm-up), batch {options.batch_size}, "
         f"gradient norm clipped at {options.clip_norm:g}, average of the weights with decay "
         f"{options.ema_decay:g}{label_drop}, seed {config.seed}",
+        *_discriminative(options),
         f"- Steps: {facts.step:,}{unfinished} ({facts.images_seen:,} images, "
         f"{facts.images_seen / facts.num_images:.2f} epochs){skipped}",
         f"- Hardware: {facts.hardware}; PyTorch {facts.torch_version}, {_PRECISIONS[facts.precision]}",

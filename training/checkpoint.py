@@ -56,17 +56,28 @@ class TrainState:
     average_updates: int
     data_sha256: str = ""
     """Hash of the training images and labels; empty in checkpoints that were written without it."""
+    started_from: str = ""
+    """Id of the model whose weights the run began with; empty where it began with new ones."""
 
 
 def save_checkpoint(directory: Path, state: TrainState) -> None:
-    """Write the checkpoint so that a crash leaves either the old or the new one, never half of one."""
+    """Write the checkpoint so that a crash leaves either the old or the new one, never half of one.
+
+    Raises :class:`CheckpointError` where the disk cannot take it; the last one stays.
+    """
     path, part = directory / FILE_NAME, directory / f"{FILE_NAME}.part"
     content = {**vars(state), "config": state.config.to_dict()}
-    with part.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        # A full disk would stay full by it.
+        part.unlink(missing_ok=True)
+        last = "; the last one is kept" if path.is_file() else ""
+        raise CheckpointError(f"{path}: step {state.step} cannot be written: {error}{last}") from error
 
 
 def load_checkpoint(directory: Path) -> TrainState | None:
@@ -92,10 +103,12 @@ def check_space(directory: Path, module: nn.Module) -> None:
     """Refuse a run whose files its disk cannot hold; raises ``ValueError`` that says how much they take.
 
     A checkpoint has four copies of the weights (their average, and two of AdamW's), and is written beside the last one;
-    the bundle has one.
+    the bundle has one. What a run that is continued has of them takes its room already.
     """
     weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
-    need, free = (2 * 4 + 2) * weights, shutil.disk_usage(directory).free
+    last, part = (directory / name for name in (FILE_NAME, f"{FILE_NAME}.part"))
+    there = 4 * weights * last.is_file() + (part.stat().st_size if part.is_file() else 0)
+    need, free = (2 * 4 + 2) * weights - there, shutil.disk_usage(directory).free
     if free < need:
         raise ValueError(
             f"out: {directory} has {free / 2**20:,.1f} MiB free, "
@@ -104,14 +117,20 @@ def check_space(directory: Path, module: nn.Module) -> None:
 
 
 def data_fingerprint(images: Images) -> str:
-    """SHA-256 of images and labels: the position in the data means something only in the same data."""
-    digest = hashlib.sha256(repr(images.pixels.shape).encode())
-    digest.update(np.ascontiguousarray(images.pixels).data)
+    """SHA-256 of images and labels: the position in the data means something only in the same data.
+
+    Of latents it is that of what they were made of: their own last digits are others on another device.
+    """
+    content = images.pixels if images.digests is None else images.digests
+    digest = hashlib.sha256(repr(content.shape).encode())
+    digest.update(np.ascontiguousarray(content).data)
     digest.update(np.ascontiguousarray(images.labels).data)
     return digest.hexdigest()
 
 
-def check_continues(directory: Path, state: TrainState, config: TrainConfig, data_sha256: str) -> None:
+def check_continues(
+    directory: Path, state: TrainState, config: TrainConfig, data_sha256: str, started_from: str = ""
+) -> None:
     """Refuse to continue a checkpoint as another run; raises :class:`CheckpointError` that says what differs.
 
     What the weights' training does not depend on may change (name, sampling recommendation, execution), and a
@@ -129,6 +148,11 @@ def check_continues(directory: Path, state: TrainState, config: TrainConfig, dat
         raise CheckpointError(f"{directory}: holds a run with another {', '.join(changes)}; {advice}")
     if state.data_sha256 not in ("", data_sha256):
         raise CheckpointError(f"{directory}: holds a run on other training images; {advice}")
+    if state.started_from != started_from:
+        there, here = (
+            f"from {model_id}" if model_id else "from new weights" for model_id in (state.started_from, started_from)
+        )
+        raise CheckpointError(f"{directory}: holds a run {there}, and not {here}; {advice}")
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

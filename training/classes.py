@@ -53,7 +53,7 @@ def match_labels(images: Images, names: tuple[str, ...], model: str) -> Images:
     if unknown:
         raise DataError(f"{model} has the classes{_listed(names)}, but the data has{_listed(tuple(unknown))}")
     new_label = np.array([names.index(name) for name in images.class_names], np.int64)
-    return Images(images.pixels, new_label[images.labels], names)
+    return replace(images, labels=new_label[images.labels], class_names=names)
 
 
 def class_frequencies(images: Images, num_classes: int) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ from model.bundle import open_bundle
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.commands import Device, clear_errors, progress_bar
-from training.config import load_preset, preset_names, with_settings
+from training.config import load_preset, needs_start, preset_names, with_settings
 from training.data_cli import app as data_app
 from training.evaluate_cli import evaluate
 
@@ -42,10 +42,11 @@ app = typer.Typer(
 def _list_presets(requested: bool) -> None:
     if not requested:
         return
-    from training.listing import preset_lines
+    from training.listing import fine_tuning_lines, preset_lines
 
     for name in preset_names():
-        typer.echo("\n    ".join(preset_lines(load_preset(name))))
+        lines = fine_tuning_lines(name) if needs_start(name) else preset_lines(load_preset(name))
+        typer.echo("\n    ".join(lines))
     raise typer.Exit
 
 
@@ -54,6 +55,10 @@ def train(
     preset: Annotated[str, typer.Argument(help="Name of a preset (see --list) or path of a preset file.")],
     data: Annotated[Path, typer.Option(help="Directory with IDX files, or with a folder of images per class.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; one with a checkpoint is continued.")],
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", help="Fine-tune: begin with the weights of this bundle, or model of the package."),
+    ] = None,
     codec: Annotated[
         Path | None,
         typer.Option(help="For a preset of latents: the directory of an AutoencoderKL that diffusers has saved."),
@@ -103,7 +108,13 @@ def train(
     }
     overrides = {key: value for key, value in options.items() if value is not None}
     with clear_errors():
-        config = with_settings(load_preset(preset), settings or ()).with_overrides(**overrides)
+        fine_tuned = None
+        if from_ is not None:
+            from training.start import Start
+
+            fine_tuned = Start(open_bundle(from_))
+        defaults = None if fine_tuned is None else fine_tuned.defaults
+        config = with_settings(load_preset(preset, defaults), settings or ()).with_overrides(**overrides)
         from model.device import resolve_device
         from training.classes import resolve_classes
         from training.latents import encode_once, load_training_images, open_codec
@@ -113,7 +124,7 @@ def train(
         torch_device = local_device(resolve_device(device))
         autoencoder = open_codec(config, codec)
         origin = Origin(
-            command=_command(preset, data, out, codec, overrides, settings or ()),
+            command=_command(preset, data, out, from_, codec, overrides, settings or ()),
             data_name=data.resolve().name,
         )
         with joined(torch_device) as processes:
@@ -133,6 +144,7 @@ def train(
                 sample_every=sample_every,
                 checkpoint_seconds=checkpoint_seconds,
                 codec=autoencoder,
+                start=fine_tuned,
             )
             trainer = run.trainer
             start = f"continuing at step {trainer.step}" if trainer.step else "starting"
@@ -154,10 +166,17 @@ def _silent(text: str) -> None:
 
 
 def _command(
-    preset: str, data: Path, out: Path, codec: Path | None, overrides: dict[str, Any], settings: Sequence[str]
+    preset: str,
+    data: Path,
+    out: Path,
+    start: str | None,
+    codec: Path | None,
+    overrides: dict[str, Any],
+    settings: Sequence[str],
 ) -> str:
     """The command that repeats a run, with the last names of its paths."""
     words = ["tarflow", "train", Path(preset).name, "--data", data.resolve().name, "--out", out.resolve().name]
+    words += [] if start is None else ["--from", Path(start).name]
     words += [] if codec is None else ["--codec", codec.resolve().name]
     for key, value in overrides.items():
         words += [f"--{key.replace('_', '-')}", str(value)]

@@ -18,9 +18,15 @@ class ToldElsewhere(ValueError):
     """Another process of the run says why it ends: this one does so without a word."""
 
 
+LESS_MEMORY = (
+    "less is needed with a smaller --batch-size; to train, also with accumulation, recompute or, on several GPUs, shard"
+)
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """End the command with one red line and status 2 for what its user can mend, 1 for a diverged run.
+    """End the command with one red line and status 2 for what its user can mend, 1 for a diverged run or too little
+    memory.
 
     Everything that data, checkpoints, presets and bundles are refused with is a ``ValueError``.
     """
@@ -30,9 +36,12 @@ def clear_errors() -> Iterator[None]:
         if isinstance(error, ToldElsewhere):
             raise typer.Exit(2) from error
         _fail(str(error), 2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        from model.device import is_out_of_memory
         from training.trainer import TrainingDiverged
 
+        if is_out_of_memory(error):
+            _fail(f"{str(error).splitlines()[0] if str(error) else 'the memory is used up'}; {LESS_MEMORY}", 1)
         if not isinstance(error, TrainingDiverged):
             raise
         _fail(str(error), 1)

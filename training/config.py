@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -21,13 +22,14 @@ from model.config import FlowConfig, NoiseProtocol, Record, SamplingDefaults, ch
 
 PRESETS = Path(__file__).parent / "presets"
 Precision = Literal["auto", "bf16", "float32"]
+LARGEST = sys.float_info.max
 
 
 def _check_number(record: Record, name: str, low: float, high: float = math.inf, *, or_low: bool = True) -> None:
     """Refuse a field that is not a finite number in [low, high), or in (low, high) unless ``or_low``."""
     value = getattr(record, name)
     # YAML 1.1 reads 1e-3 as text: a number needs its decimal point there (1.0e-3).
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
     above = is_number and (value >= low if or_low else value > low)
     bounds = f"{'>=' if or_low else '>'} {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
     check(above and value < high, name, value, f"a number {bounds} (in YAML with a decimal point, as in 1.0e-3)")
@@ -64,6 +66,10 @@ class Optimization(Record):
     """Decay of the exponential average of the weights (which is what is served); ramps up from 0."""
     label_drop: float = 0.1
     """Probability that a row's class is dropped, which trains the no-class pass that guidance needs."""
+    discriminative_weight: float = 0.0
+    """β of the loss −log p(x | y) − β·log p(y | x) (:mod:`training.discriminative`); 0 is the published loss."""
+    wrong_classes: int = 2
+    """Wrong classes an image whose likelihoods estimate p(y | x), where it is in the loss; each costs a pass."""
     precision: Precision = "auto"
     """``bf16`` autocast, ``float32``, or ``auto``: bf16 where a matrix product in it is measured faster."""
 
@@ -71,11 +77,21 @@ class Optimization(Record):
         _check_count(self, "batch_size", 1)
         for name in ("epochs", "learning_rate", "clip_norm"):
             _check_number(self, name, 0, or_low=False)
-        for name in ("final_learning_rate", "warmup_epochs", "weight_decay"):
+        for name in ("final_learning_rate", "warmup_epochs", "weight_decay", "discriminative_weight"):
             _check_number(self, name, 0)
+        _check_count(self, "wrong_classes", 1)
         for name in ("beta1", "beta2", "ema_decay", "label_drop"):
             _check_number(self, name, 0, 1)
         check(self.precision in get_args(Precision), "precision", self.precision, ", ".join(get_args(Precision)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as a JSON-ready dictionary."""
+        content = super().to_dict()
+        # Left out of the published loss: what was trained before there was another keeps its bytes, and bundles their
+        # ids.
+        if not self.discriminative_weight:
+            del content["discriminative_weight"], content["wrong_classes"]
+        return content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +158,18 @@ class TrainConfig(Record):
     """Seed of initialization, data order, noise and label drop."""
 
     def __post_init__(self) -> None:
+        # A text would be taken apart into its letters.
+        are_listed = isinstance(self.class_names, list | tuple)
+        check(are_listed, "class_names", self.class_names, "a list of names, as in [cat, dog]")
         object.__setattr__(self, "class_names", tuple(self.class_names))
-        for field_name in ("about", "provenance"):
-            check(isinstance(getattr(self, field_name), str), field_name, getattr(self, field_name), "a text")
+        for field_name in ("name", "about", "provenance"):
+            text = getattr(self, field_name)
+            check(isinstance(text, str), field_name, text, "a text (numbers in quotes)")
         names = self.class_names
         are_texts = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
         check(are_texts, "class_names", names, "different texts that are not empty (numbers in quotes)")
-        check(isinstance(self.seed, int) and 0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")
+        is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32
+        check(is_seed, "seed", self.seed, "an integer in [0, 2^32)")
         if self.class_names:
             check(
                 len(self.class_names) == self.flow.num_classes,
@@ -228,7 +249,12 @@ def with_settings(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
 
 
 def _value(name: str, text: str) -> Any:
-    """A value as YAML reads it, and 1e-3 as the number that it is."""
+    """A value as YAML reads it, but numbers as people write them: 1e-3 is one, 010 is ten, and 1:30 is none."""
+    plain = text.strip()
+    if re.fullmatch(r"[+-]?[0-9]+", plain):
+        return int(plain)
+    if re.fullmatch(r"[+-]?[0-9]+(:[0-9.]+)+", plain):
+        return plain
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -244,14 +270,38 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_preset(name_or_path: str) -> TrainConfig:
-    """Read a preset by name or a preset file by path; raises ``ValueError`` when there is none."""
+def needs_start(name: str) -> bool:
+    """Whether a preset of the package leaves the model to the bundle that it fine-tunes."""
+    return "flow" not in read_preset(name)
+
+
+def read_preset(name_or_path: str) -> Any:
+    """What the file of a preset holds, by its name or path; raises ``ValueError`` when there is none."""
+    path = _preset_path(name_or_path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"preset {path}: not valid YAML: {error}") from error
+
+
+def _preset_path(name_or_path: str) -> Path:
     path = PRESETS / f"{name_or_path}.yaml"
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
         raise ValueError(f"preset: got {name_or_path!r}, allowed is a file or one of {', '.join(preset_names())}")
-    try:
-        return TrainConfig.from_dict(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"preset {path}: not valid YAML: {error}") from error
+    return path
+
+
+def load_preset(name_or_path: str, defaults: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The configuration in a preset; raises ``ValueError`` when there is none, or for what is wrong in it.
+
+    ``defaults`` are the fields of what the run begins with: they stand for those that the preset leaves out.
+    """
+    content = read_preset(name_or_path)
+    if isinstance(content, dict):
+        content = {**(defaults or {}), **content}
+        preset = _preset_path(name_or_path).stem
+        for name in ("name", "flow", "noise"):
+            check(name in content, f"preset {preset}: {name}", None, "one in its file, or that of --from BUNDLE")
+    return TrainConfig.from_dict(content)

@@ -43,13 +43,16 @@ class Images:
     pixels: NDArray[Any]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...] = ()
+    digests: NDArray[np.uint8] | None = None
+    """What latents were made of: a SHA-256 of each image with the codec, (N, 32)."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def part(self, start: int | None, stop: int | None) -> Images:
         """The images from ``start`` to ``stop`` (as in a slice)."""
-        return Images(self.pixels[start:stop], self.labels[start:stop], self.class_names)
+        digests = None if self.digests is None else self.digests[start:stop]
+        return Images(self.pixels[start:stop], self.labels[start:stop], self.class_names, digests)
 
 
 def _read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:

@@ -36,8 +36,10 @@ def emoji(
     One emoji in twelve is kept for testing, in both styles and all its skin tones.
     """
     with clear_errors():
-        from training.emoji import REGISTRY, REGISTRY_VARIABLE, fetched, prepare_emoji
+        from training.emoji import REGISTRY, REGISTRY_VARIABLE, check_out, fetched, prepare_emoji
 
+        # Before anything is fetched.
+        check_out(out)
         registry = os.environ.get(REGISTRY_VARIABLE, REGISTRY)
         source: AbstractContextManager[list[Path]] = nullcontext(packages) if packages else fetched(registry)
         with source as paths:

@@ -100,13 +100,18 @@ def _download(url: str, path: Path, integrity: str) -> None:
         raise DataError(f"{url}: got a file with {got}, allowed is {integrity}")
 
 
+def check_out(out: Path) -> None:
+    """Refuse a directory that is there already; raises :class:`DataError`."""
+    if out.exists():
+        raise DataError(f"{out}: is there already; allowed is a directory to be made")
+
+
 def prepare_emoji(packages: Sequence[Path], out: Path) -> dict[str, int]:
     """Write ``out/train`` and ``out/test`` with a folder for each category; returns how many images each split has.
 
     ``out`` appears whole or not at all. Raises :class:`DataError` for what is no such package.
     """
-    if out.exists():
-        raise DataError(f"{out}: is there already; allowed is a directory to be made")
+    check_out(out)
     pictures = [picture for package in packages for picture in read_package(package)]
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from model.anomaly.codec import code_lengths
 from model.bundle import Bundle
+from model.codecs.weights import load_codec
 from model.config import NoiseProtocol
 from model.flow import NO_CLASS, Flow
 from model.likelihood import bits_per_dim, combine_draws, log_likelihood
@@ -146,6 +147,8 @@ def paired_difference(first: Evaluation, second: Evaluation) -> Estimate:
         )
     if (ours.flow.image_size, ours.flow.channels) != (theirs.flow.image_size, theirs.flow.channels):
         raise ValueError(f"{ours.name} and {theirs.name} score images of different size or colours: not comparable")
+    if ours.codec != theirs.codec:
+        raise ValueError(f"{ours.name} and {theirs.name} score latents of different codecs: not comparable")
     both = np.isfinite(first.bits) & np.isfinite(second.bits)
     return estimate(second.bits[both] - first.bits[both])
 
@@ -237,7 +240,14 @@ def evaluate_bundle(
         no_gap_because=no_gap_because,
         codes=code_lengths(images.pixels) if config.noise.kind == "uniform" else None,
         accuracy=recognize(images) if recognizes else None,
-        soundness=sample_soundness(flow, config.noise, bundle.sampling, options.samples, advance=advance)
+        soundness=sample_soundness(
+            flow,
+            config.noise,
+            bundle.sampling,
+            options.samples,
+            codec=load_codec(bundle, device),
+            advance=advance,
+        )
         if options.samples
         else None,
     )

@@ -66,19 +66,21 @@ def read_statistics(path: Path) -> Moments:
     try:
         file = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"reference: got {path}, allowed is an .npz file") from error
+        raise ValueError(f"statistics: got {path}, allowed is an .npz file") from error
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"reference: got {path}, a single array, allowed is an .npz file")
+        raise ValueError(f"statistics: got {path}, a single array, allowed is an .npz file")
     with file:
         missing = [name for name in ("mu", "sigma") if name not in file]
         if missing:
-            raise ValueError(f"reference: {path} has no {' and no '.join(missing)}, allowed is both mu and sigma")
+            raise ValueError(f"statistics: {path} has no {' and no '.join(missing)}, allowed is both mu and sigma")
         mean, covariance = (torch.from_numpy(np.asarray(file[name], np.float64)) for name in ("mu", "sigma"))
     if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
-            f"reference: {path} has mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)}, "
+            f"statistics: {path} has mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)}, "
             "allowed is (F,) and (F, F)"
         )
+    if not bool(mean.isfinite().all() & covariance.isfinite().all()):
+        raise ValueError(f"statistics: {path} has values that are not finite, allowed is finite mu and sigma")
     # The file does not say of how many images; a scatter of two has the covariance as it is.
     return Moments(2, mean, covariance)
 

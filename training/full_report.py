@@ -61,6 +61,12 @@ class Bench:
         names = [bundle.name for bundle in bundles]
         if len(set(names)) < len(names):
             raise ValueError(f"bundles: got {', '.join(names)}, allowed is different names for reports of several")
+        sizes = {f"{b.config.image_channels}x{b.config.image_size}x{b.config.image_size}" for b in bundles}
+        if options.statistics_out is not None and len(sizes) > 1:
+            raise ValueError(
+                f"statistics_out: got bundles of {' and '.join(sorted(sizes))} pixels, allowed is one size of images "
+                "in a file"
+            )
         if options.baseline:
             for bundle in bundles:
                 baseline_width(baseline_config(bundle, options.baseline_images).flow)

@@ -1,16 +1,17 @@
 """Decoded images on disk, mapped into memory: decoded once, and read by all processes of a host from the same pages.
 
 An entry is one file of 8-bit pixels (N, C, H, W). Its name is a hash of what its files are: their names, sizes and
-times of change, as ``make`` and ``rsync`` tell files apart, and the size they were decoded to. It appears whole or not
-at all.
+times of change, as ``git`` tells files apart, and the size they were decoded to. It appears whole or not at all.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -31,7 +32,8 @@ def cache_key(root: Path, paths: Sequence[Path], image_size: int, channels: int)
     for path in paths:
         status = path.stat()
         name = str(path.relative_to(root)).encode(errors="surrogateescape")
-        digest.update(b"%s\0%d %d\n" % (name, status.st_size, status.st_mtime_ns))
+        # The inode's time: what is unpacked from an archive has the archive's own times, often all the same.
+        digest.update(b"%s\0%d %d\n" % (name, status.st_size, status.st_ctime_ns))
     return digest.hexdigest()[:32]
 
 
@@ -51,9 +53,14 @@ def cached_pixels(
         return pixels
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(cache)
         _check_space(cache, int(np.prod(shape)))
         with NamedTemporaryFile(dir=cache, prefix=f"{key}.", suffix=".part", delete=False) as file:
             part = Path(file.name)
+            writing = os.dup(file.fileno())
+            # Where the disk has no locks nothing is ever taken for abandoned.
+            with suppress(OSError):
+                fcntl.flock(writing, fcntl.LOCK_EX)
     except OSError as error:
         raise DataError(f"cache: {cache} cannot be written: {error}") from error
     try:
@@ -69,6 +76,7 @@ def cached_pixels(
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+        os.close(writing)
     say(f"{shape[0]:,} images decoded to {path} ({_mebibytes(path.stat().st_size)})")
     return _open(path, shape)
 
@@ -82,6 +90,14 @@ def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         raise DataError(f"{path}: damaged; remove it, and it is made again (it has the shape {pixels.shape})")
     # A plain array over the same pages: what is taken from it are plain arrays too.
     return np.asarray(pixels).view(np.ndarray)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed processes left half done; what another one is writing, it holds a lock on."""
+    for part in cache.glob("*.part"):
+        with suppress(OSError), part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink(missing_ok=True)
 
 
 def _check_space(cache: Path, need: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from model.bundle import Bundle, check_codec
 from model.codecs.base import Codec, Latents
+from model.codecs.config import CodecConfig
 from model.codecs.weights import load_codec, pack, read_autoencoder
 from training.checkpoint import data_fingerprint
 from training.data import Images, load_images
@@ -61,7 +63,13 @@ def load_bundle_images(bundle: Bundle, data: Path, split: str, device: torch.dev
     """A split as a bundle's flow models it: 8-bit images, or the latents that the bundle's codec makes of them."""
     config = bundle.config
     images = load_images(data, split, config.image_size, config.image_channels)
-    return images if config.codec is None else encode(images, load_codec(bundle, device))
+    return images if config.codec is None else encode(with_digests(images, config.codec), load_codec(bundle, device))
+
+
+def with_digests(images: Images, codec: CodecConfig) -> Images:
+    """Images that are known again as latents of this codec, wherever these are made."""
+    found = [hashlib.sha256(codec.sha256.encode() + image.tobytes()).digest() for image in images.pixels]
+    return replace(images, digests=np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32))
 
 
 def encode(images: Images, codec: Codec) -> Images:
@@ -76,6 +84,7 @@ def encode_once(images: Images, autoencoder: AutoencoderKL, out: Path, device: t
     path = out / CACHE
     described, _ = pack(autoencoder)
     made_of = {"images": data_fingerprint(images), "codec": described.sha256}
+    images = with_digests(images, described)
     try:
         with safe_open(path, "numpy") as file:
             if file.metadata() == made_of:

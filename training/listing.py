@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from model.config import FlowConfig
 from training.card import architecture
-from training.config import TrainConfig
+from training.config import TrainConfig, read_preset
 
 
 def num_parameters(flow: FlowConfig) -> int:
@@ -34,4 +34,16 @@ def preset_lines(config: TrainConfig) -> list[str]:
         f"{noise.kind} noise{level}, {classes}, {options.epochs:g} epochs in batches of {options.batch_size}",
         config.about,
         f"Provenance: {config.provenance}",
+    ]
+
+
+def fine_tuning_lines(name: str) -> list[str]:
+    """The same of a preset of the package that leaves the model to a bundle."""
+    content = read_preset(name)
+    options = content["optimization"]
+    return [
+        f"{name}: fine-tunes the model of --from BUNDLE, {options['epochs']:g} epochs "
+        f"in batches of {options['batch_size']}",
+        content["about"],
+        f"Provenance: {content['provenance']}",
     ]

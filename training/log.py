@@ -39,7 +39,8 @@ class RunLog:
         """Write the report if its step is due; numbers that are not finite become null."""
         if report.step % STEPS_PER_LINE and report.step != report.total_steps:
             return
-        content = {key: value if math.isfinite(value) else None for key, value in asdict(report).items()}
+        figures = {key: value for key, value in asdict(report).items() if value is not None}
+        content = {key: value if math.isfinite(value) else None for key, value in figures.items()}
         self._file.write(json.dumps(content) + "\n")
         self._file.flush()
 

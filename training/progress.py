@@ -76,8 +76,10 @@ class ProgressDisplay:
         # Seconds per image add up where images per second do not.
         rate = len(recent) / sum(1 / report.images_per_second for report in recent)
         left = (last.total_steps - last.step) * self._batch_size / rate
+        label_nats = [report.label_nats for report in recent if report.label_nats is not None]
+        label = f"{sum(label_nats) / len(label_nats):.3f} nats of label  " if label_nats else ""
         skipped = f"  {last.skipped_steps} steps skipped" if last.skipped_steps else ""
         return (
-            f"epoch {last.epoch:.2f}  loss {loss:.4f}  {bits:.3f} bits/dim  {rate:.0f} images/s  "
+            f"epoch {last.epoch:.2f}  loss {loss:.4f}  {bits:.3f} bits/dim  {label}{rate:.0f} images/s  "
             f"{duration(left)} left{skipped}"
         )

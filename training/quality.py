@@ -32,6 +32,7 @@ from training.frechet import COMPONENTS, GROUPS, Figure, Moments, Reference, fre
 from training.hardware import describe_hardware
 from training.kernel import kernel_distance
 from training.latents import encode as encode_images
+from training.latents import with_digests
 from training.neighbours import Nearest, PrecisionRecall, nearest_images, precision_recall
 from training.noisy import noisy_batches
 from training.provenance import training_split
@@ -96,11 +97,11 @@ class Copying:
 
     @property
     def share_nearer(self) -> float:
-        """Share of the samples that are nearer to a training image than the nearest 1% of the held-out images are.
+        """Share of the samples that are as near to a training image as the nearest 1% of the held-out images are.
 
         More than about 0.01 is a sign of copying, or of samples simpler than real images are.
         """
-        return float((self.samples.distance < np.quantile(self.held_out.distance, 0.01)).mean())
+        return float((self.samples.distance <= np.quantile(self.held_out.distance, 0.01)).mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,8 @@ class Quality:
     """What they were drawn on."""
     copying: Copying | None
     """None where no sample is finite."""
+    is_own_data: bool
+    """Whether the training split is known to be what the bundle was trained on."""
     reconstruction: NDArray[np.float64]
     """Root mean square error of each image that was encoded to noise and decoded: in 8-bit steps, or in the unit of the
     latents for a model of these."""
@@ -159,7 +162,7 @@ def measure_quality(
             f"{data}: a report compares with at least {FEWEST} test and as many training images; "
             f"there are {len(test):,} and {len(train):,}"
         )
-    trained_on, real, real_from = _splits(bundle, train, codec, options.num_samples)
+    trained_on, real, real_from, is_own_data = _splits(bundle, train, options.num_samples)
     reference = _chosen(test, options.reference_images)
     seeds = range(options.seed, options.seed + options.num_samples)
     drawn = draw_samples(
@@ -175,7 +178,8 @@ def measure_quality(
     reference_MF, samples_NF, real_NF = (
         _features(extractor, pixels, device, advance) for pixels in (reference.pixels, drawn.pixels, real.pixels)
     )
-    fewest = min(len(reference), len(real), options.num_samples)
+    # Of the samples that are finite: one that is not must not take the figures of all others with it.
+    fewest = min(len(reference), len(real), max(FEWEST, len(drawn.pixels)))
     components = min(options.components, extractor.num_features, fewest // 2)
     yardstick = _Yardstick.of(extractor.name, reference_MF, components)
     published = None
@@ -201,6 +205,7 @@ def measure_quality(
         )
         if len(drawn.pixels)
         else None,
+        is_own_data=is_own_data,
         reconstruction=reconstruction_errors(flow, bundle, _modelled(again, codec)),
         autoencoding=None if isinstance(codec, Identity) else _autoencoding_errors(again, codec, device),
         shown=drawn.pixels[:SHOWN],
@@ -219,16 +224,18 @@ def _modelled(images: Images, codec: Codec) -> Images:
     return images if isinstance(codec, Identity) else encode_images(images, codec)
 
 
-def _splits(bundle: Bundle, train: Images, codec: Codec, count: int) -> tuple[Images, Images, str]:
-    """What the bundle was trained on, real images to compare with the test images, and what these are."""
+def _splits(bundle: Bundle, train: Images, count: int) -> tuple[Images, Images, str, bool]:
+    """What the bundle was trained on, real images to compare with the test images, and what these are; at last whether
+    it is known to be what the bundle was trained on."""
     try:
-        num_trained = len(training_split(bundle, _modelled(train, codec)).trained_on)
+        known = train if bundle.config.codec is None else with_digests(train, bundle.config.codec)
+        num_trained = len(training_split(bundle, known).trained_on)
     except DataError:
-        return train, _chosen(train, count), "the training split, which the model may have seen"
+        return train, _chosen(train, count), "the training split, which the model may have seen", False
     trained_on, kept_out = train.part(None, num_trained), train.part(num_trained, None)
     if len(kept_out) >= max(FEWEST, count // 2):
-        return trained_on, _chosen(kept_out, count), "the training split's holdout"
-    return trained_on, _chosen(trained_on, count), "the training split, which the model has seen"
+        return trained_on, _chosen(kept_out, count), "the training split's holdout", True
+    return trained_on, _chosen(trained_on, count), "the training split, which the model has seen", True
 
 
 def _chosen(images: Images, count: int) -> Images:
@@ -243,7 +250,10 @@ def _features(
         extractor(torch.from_numpy(np.ascontiguousarray(pixels[start : start + 512])).to(device), advance).cpu()
         for start in range(0, len(pixels), 512)
     ]
-    return torch.cat([torch.zeros(0, extractor.num_features), *parts])
+    features_NF = torch.cat([torch.zeros(0, extractor.num_features), *parts])
+    if not bool(features_NF.isfinite().all()):
+        raise ValueError(f"extractor: {extractor.name} gives features that are not finite, allowed is finite ones")
+    return features_NF
 
 
 @dataclass(frozen=True)

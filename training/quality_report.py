@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from training.baselines.equal import Baseline
 from training.evaluate import Estimate, Evaluation, estimate, finite
 from training.frechet import Figure
 from training.quality import Copying, Distances, Quality
+from training.report import json_number
 from training.report import lines as evaluation_lines
 from training.report import to_json as evaluation_json
 from training.sweep_report import describe
@@ -80,7 +80,7 @@ def markdown(report: Report) -> str:
         _distances(quality),
         *[f"{line[0].upper()}{line[1:]}." for line in _published_lines(report)],
         "## Copies?",
-        _copies(quality.copying),
+        _copies(quality),
         f"![The samples nearest to any training image, and below each that image]({NEAREST})"
         if quality.copying is not None
         else "",
@@ -104,7 +104,7 @@ def card_section(report: Report) -> str:
             )
     text += _published_lines(report)
     if quality.copying is not None:
-        text.append(f"copies: {_nearer(quality.copying)}")
+        text.append(f"copies: {_nearer(quality, quality.copying)}")
     return _bullets([*text, _reconstruction(quality)])
 
 
@@ -118,9 +118,11 @@ def _baseline_lines(report: Report) -> list[str]:
         return []
     flow, theirs = report.evaluation.bundle.config.flow, estimate(finite(baseline.bits))
     low, high = difference.interval
-    equal = "of equal budget" if baseline.images_seen == baseline.model_images else "of a smaller budget"
-    if baseline.images_seen > baseline.model_images:
-        equal = "of a larger budget"
+    # On as many images, an operation more per image is a larger budget too: there is a narrowest coupling flow.
+    ours, others = (baseline.model_images, flow.flops_per_image), (baseline.images_seen, baseline.flops_per_image)
+    equal = "of equal budget" if others <= ours else "of a larger budget"
+    if baseline.images_seen < baseline.model_images:
+        equal = "of a smaller budget"
     earlier = " since it was begun from another" if "from" in report.evaluation.bundle.config.training else ""
     verdict = f"{abs(difference.mean):.4f} {'more' if difference.mean > 0 else 'less'}"
     return [
@@ -139,8 +141,9 @@ def _mflop(flops: int) -> str:
 def _drawn(quality: Quality) -> str:
     options, setting = quality.options, describe(quality.sampling)
     setting = setting if setting.startswith("no ") else f"guidance {setting}"
+    classes = " and classes in the reference's shares" if quality.bundle.config.flow.num_classes else ""
     return (
-        f"{options.num_samples:,} samples with seeds from {options.seed} and classes in the reference's shares, "
+        f"{options.num_samples:,} samples with seeds from {options.seed}{classes}, "
         f"{setting}, denoising {'on' if quality.sampling.denoise else 'off'}: "
         f"{quality.seconds / options.num_samples:.3g} s each on {quality.hardware}, decoded patch by patch in batches; "
         f"{quality.not_finite:,} not finite"
@@ -184,22 +187,24 @@ def _published_lines(report: Report) -> list[str]:
     ]
 
 
-def _copies(copying: Copying | None) -> str:
+def _copies(quality: Quality) -> str:
+    copying = quality.copying
     if copying is None:
         return "No sample is finite."
     ours, theirs = copying.samples.distance, copying.held_out.distance
     return (
         f"Root mean square distance in 8-bit steps to the nearest of {copying.num_training:,} training images: "
         f"{len(ours):,} samples {np.median(ours):.2f} (median, least {ours.min():.2f}), {len(theirs):,} test images "
-        f"{np.median(theirs):.2f} (least {theirs.min():.2f}). {_nearer(copying)}. A model that does not copy has about "
-        "1% of these, or more where its samples are simpler than real images are: look at the pairs."
+        f"{np.median(theirs):.2f} (least {theirs.min():.2f}). {_nearer(quality, copying)}. A model that does not copy "
+        "has about 1% of these, or more where its samples are simpler than real images are: look at the pairs."
     )
 
 
-def _nearer(copying: Copying) -> str:
+def _nearer(quality: Quality, copying: Copying) -> str:
+    unknown = "; that the model was trained on these images is not known, and copies of others are not found"
     return (
-        f"{copying.share_nearer:.1%} of the samples are nearer to a training image than the nearest 1% of the test "
-        "images are"
+        f"{copying.share_nearer:.1%} of the samples are as near to a training image as the nearest 1% of the test "
+        f"images are{'' if quality.is_own_data else unknown}"
     )
 
 
@@ -246,6 +251,7 @@ def to_json(report: Report) -> dict[str, Any]:
         if copying is None
         else {
             "training_images": copying.num_training,
+            "known_to_be_the_models": quality.is_own_data,
             "unit": "root mean square difference in 8-bit steps",
             "samples": _quantiles(copying.samples.distance),
             "test_images": _quantiles(copying.held_out.distance),
@@ -273,8 +279,8 @@ def _baseline_json(report: Report) -> dict[str, Any] | None:
         "seconds": baseline.seconds,
         "conditional": baseline.conditional,
         "not_finite": len(baseline.bits) - len(finite(baseline.bits)),
-        "bits_per_dim": _number(estimate(finite(baseline.bits)).mean),
-        "minus_model": {"mean": _number(difference.mean), "standard_error": _number(difference.standard_error)},
+        "bits_per_dim": json_number(estimate(finite(baseline.bits)).mean),
+        "minus_model": {"mean": json_number(difference.mean), "standard_error": json_number(difference.standard_error)},
     }
 
 
@@ -294,9 +300,4 @@ def _distances_json(found: Distances) -> dict[str, Any]:
 def _quantiles(values: NDArray[np.float64]) -> dict[str, float | None]:
     named = {"least": values.min(), "percent_1": np.quantile(values, 0.01), "median": np.median(values)}
     named["largest"] = values.max()
-    return {name: _number(float(value)) for name, value in named.items()}
-
-
-def _number(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None
+    return {name: json_number(float(value)) for name, value in named.items()}

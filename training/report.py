@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -211,7 +212,16 @@ def _accuracy_json(evaluation: Evaluation) -> dict[str, Any] | None:
 
 def _estimate_json(value: Estimate) -> dict[str, Any]:
     low, high = value.interval
-    return {"mean": value.mean, "standard_error": value.standard_error, "interval_95": [low, high]}
+    return {
+        "mean": json_number(value.mean),
+        "standard_error": json_number(value.standard_error),
+        "interval_95": [json_number(low), json_number(high)],
+    }
+
+
+def json_number(value: float) -> float | None:
+    """JSON knows no infinity and no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _signed(value: Estimate) -> str:

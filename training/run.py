@@ -34,6 +34,7 @@ from training.log import RunLog, last_epoch_bits_per_dim
 from training.processes import ALONE, Processes
 from training.progress import ProgressDisplay
 from training.samples import Interrupted, write_sample_grid
+from training.start import Start
 from training.trainer import CHECKPOINT_SECONDS, StepReport, Trainer
 
 BUNDLE = "bundle"
@@ -73,9 +74,10 @@ class Run:
         sample_every: int | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         codec: AutoencoderKL | None = None,
+        start: Start | None = None,
     ) -> None:
-        """With a ``codec`` the images have its latents in place of their pixels."""
-        self._codec = codec
+        """With a ``codec`` the images have its latents in place of their pixels; with a ``start`` it is fine-tuned."""
+        self._codec, self._start = codec, start
         # What a bundle refuses must not surface only after the first hour.
         BundleConfig(
             name=config.name,
@@ -84,7 +86,7 @@ class Run:
             class_names=config.class_names,
             codec=None if codec is None else codec.config,
         )
-        self.trainer = Trainer(config, images, out, device, processes=processes)
+        self.trainer = Trainer(config, images, out, device, processes=processes, start=start)
         self._config, self._out, self._origin, self._console = config, out, origin, console
         self._checkpoint_seconds = checkpoint_seconds
         self._samples_png: bytes | None = None
@@ -175,6 +177,7 @@ class Run:
             hardware=describe_hardware(trainer.device),
             torch_version=torch.__version__,
             bits_per_dim=last_epoch_bits_per_dim(self._out),
+            started_from=None if self._start is None else self._start.provenance,
         )
         bundle_config = BundleConfig(
             name=config.name,
@@ -194,6 +197,7 @@ class Run:
                 "seed": config.seed,
                 "steps": trainer.step,
                 "precision": trainer.precision,
+                **({} if self._start is None else {"from": self._start.provenance}),
             },
         )
         earlier = _read_earlier(directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from model.codecs.base import Codec, Identity
 from model.config import NoiseProtocol, SamplingDefaults
 from model.denoise import denoise
 from model.flow import Flow
@@ -39,10 +40,12 @@ def sample_soundness(
     sampling: SamplingDefaults,
     count: int,
     *,
+    codec: Codec | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Soundness:
     """Draw ``count`` samples as ``sampling`` says, with seeds from 0 and all classes in turn, and look at their values.
 
+    ``codec`` makes images of latents, whose own values have no such range.
     ``advance`` is told the number of samples after each batch.
     """
     config, device, sampler = flow.config, flow.prior_variance.device, Sampler(flow)
@@ -55,7 +58,7 @@ def sample_soundness(
         x_BTD = finish(sampler.decode(rows)).x_BTD
         if sampling.denoise:
             x_BTD = finish(denoise(flow, x_BTD, rows.label_B, noise.std, ROWS_PER_BATCH))
-        x_BN = x_BTD.flatten(1)
+        x_BN = (codec or Identity()).images(flow.unpatchify(x_BTD)).flatten(1)
         finite_B = x_BN.isfinite().all(dim=1)
         not_finite += int((~finite_B).sum())
         outside += float((x_BN[finite_B].abs() > 1 + MARGIN).double().mean(dim=1).sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from model.config import FlowConfig, check
 from model.flow import Flow
 from model.likelihood import bits_per_dim, prior_terms
-from training.batches import Batches
+from model.weights import load_flow
+from training.batches import Batches, Part
 from training.checkpoint import (
     TrainState,
     check_continues,
@@ -28,12 +29,15 @@ from training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from training.classes import class_frequencies
 from training.config import TrainConfig
 from training.data import Images
+from training.discriminative import check_has_likeness, check_wrong_classes, draw_wrong_classes
 from training.execution import check_compiler, part_of_batch, prepare
 from training.optimizer import WeightAverage, bf16_is_faster, learning_rate
 from training.processes import ALONE, ProcessError, Processes
 from training.sharding import gathered, placed, placed_optimizer, whole
+from training.start import Start
 
 MAX_SKIPPED_IN_A_ROW = 50
 PRIOR_RATE = 0.1
@@ -59,6 +63,8 @@ class StepReport:
     images_per_second: float
     seconds: float
     skipped_steps: int
+    label_nats: float | None = None
+    """−log p(y | x) as it is in the loss, a mean in nats per image; None where it is not."""
 
 
 class Trainer:
@@ -77,14 +83,17 @@ class Trainer:
         build: Callable[[FlowConfig], Flow] = Flow,
         *,
         processes: Processes = ALONE,
+        start: Start | None = None,
     ) -> None:
-        """``build`` makes the flow of a configuration: a baseline is trained by the same loop."""
+        """``build`` makes the flow of a configuration: a baseline is trained by the same loop. With a ``start`` the
+        first step begins with its weights."""
         self.config, self.out, self.device, self._build, self.processes = config, out, device, build, processes
+        self.started_from = "" if start is None else start.bundle.model_id
         with processes.together():
-            self._check(images)
-        self._start()
+            self._check(images, start)
+        self._start(start)
 
-    def _check(self, images: Images) -> None:
+    def _check(self, images: Images, start: Start | None) -> None:
         """Refuse what cannot be trained; nothing is written yet."""
         config, processes = self.config, self.processes
         if config.data.holdout >= len(images):
@@ -107,33 +116,45 @@ class Trainer:
         )
         check_compiler(config.execution)
         self.data_sha256 = data_fingerprint(self.images)
+        check_wrong_classes(config)
+        if start is not None:
+            start.check_fits(config)
+            start.check_holdout(config, images)
+        frequencies = class_frequencies(self.images, config.flow.num_classes)
+        self._log_prior_Y = torch.tensor(frequencies, device=self.device).log()
         self.batches = Batches(self.images, config, self.device, processes)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = max(1, round(options.epochs * self.steps_per_epoch))
 
-    def _start(self) -> None:
-        """Weights, optimizer and average: new, or from the checkpoint of the first process."""
+    def _start(self, start: Start | None) -> None:
+        """Weights, optimizer and average: new, a bundle's, or from the checkpoint of the first process."""
         config, options, processes = self.config, self.config.optimization, self.processes
         hashes = processes.gather(self.data_sha256)
         if len(set(hashes)) > 1:
             raise ProcessError("data: the processes have different training images, allowed is the same for all")
+        if len(set(processes.gather(self.started_from))) > 1:
+            raise ProcessError("from: the processes begin with different bundles, allowed is the same for all")
         torch.manual_seed(config.seed)
         self.flow = self._build(config.flow).to(self.device)
+        if start is not None:
+            self.flow.load_state_dict(load_flow(start.bundle, self.device).state_dict())
         self.step = self.images_seen = self.skipped_steps = 0
         self.seconds = 0.0
         self.stop_requested = False
         self._skipped_in_a_row = 0
         state = None
         with processes.together():
+            check_has_likeness(config, self.flow)
             if processes.is_first:
                 state = load_checkpoint(self.out)
                 if state is not None:
-                    check_continues(self.out, state, config, self.data_sha256)
+                    check_continues(self.out, state, config, self.data_sha256, self.started_from)
                 self.out.mkdir(parents=True, exist_ok=True)
                 check_space(self.out, self.flow)
         state = processes.from_first(state)
         if state is not None:
             self.flow.load_state_dict(state.model)
+        # Whatever the weights begin with, they have it before they are spread over the processes.
         self._model = prepare(self.flow, config.execution, self.device, processes)
         self.optimizer = torch.optim.AdamW(
             self.flow.parameters(),
@@ -178,6 +199,7 @@ class Trainer:
             average=average,
             average_updates=self.average.updates,
             data_sha256=self.data_sha256,
+            started_from=self.started_from,
         )
         save_checkpoint(self.out, state)
 
@@ -193,41 +215,71 @@ class Trainer:
         flow.load_state_dict(weights)
         return flow.eval().requires_grad_(False)
 
-    def _loss(self, image_BCHW: Tensor, y_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of noisy images, their mean log-likelihood in nats, and the mean square (T, D) of z."""
-        num_dims = self.config.flow.num_dims
+    def _loss(self, part: Part, labelled: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of a part, its figures (3,), and the mean square (T, D) of z.
+
+        The figures are the loss, the mean log-likelihood and −log p(y | x), both in nats; ``labelled`` is the mean
+        number of labelled images in a part of the whole batch, or None where the posterior is not in the loss.
+        """
+        image_BCHW, y_B, chance_B = part
+        options, num_dims, count = self.config.optimization, self.config.flow.num_dims, len(image_BCHW)
+        x_BTD, wrong = self.flow.patchify(image_BCHW), None
+        rows: tuple[Tensor, Tensor | None] = (x_BTD, y_B)
+        if y_B is not None and chance_B is not None:
+            wrong = draw_wrong_classes(self.flow, y_B, options.wrong_classes, chance_B)
+            rows = wrong.beside(x_BTD, y_B)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            z_BTD, logdet_B = self._model(self.flow.patchify(image_BCHW), y_B)
+            z_RTD, logdet_R = self._model(*rows)
+        z_BTD, logdet_B = z_RTD[:count], logdet_R[:count]
         # Paper, equation 6: the negative log-likelihood per dimension without the prior's constant.
         loss = 0.5 * z_BTD.square().mean() - logdet_B.mean() / num_dims
+        with torch.set_grad_enabled(wrong is not None):
+            nats_R = prior_terms(z_RTD, self.flow.prior_variance).sum(dim=(1, 2)) + logdet_R
+        label_nats = torch.zeros((), device=self.device)
+        if y_B is not None and wrong is not None and labelled is not None:
+            # Parts have different numbers of labelled images: the mean is the whole batch's.
+            label_nats = wrong.label_nats(nats_R, y_B, self._log_prior_Y).sum() / labelled
+            loss = loss + options.discriminative_weight * label_nats / num_dims
         with torch.no_grad():
-            nats_B = prior_terms(z_BTD, self.flow.prior_variance).sum(dim=(1, 2)) + logdet_B
-            return loss, nats_B.mean(), z_BTD.square().mean(dim=0)
+            figures = torch.stack([loss, nats_R[:count].mean(), label_nats.to(loss.dtype)])
+            return loss, figures, z_BTD.square().mean(dim=0)
 
-    def _gradient(self) -> tuple[float, float, Tensor]:
-        """The gradient of a whole batch, left in the parameters; returns loss, bits/dim, and the mean square of z."""
-        figures = torch.zeros(2, device=self.device)
+    def _labelled(self, parts: Sequence[Part]) -> Tensor:
+        """Labelled images in a part, a mean over all parts of all processes; all call this together."""
+        labels = [y_B for _, y_B, _ in parts if y_B is not None]
+        mine = torch.stack([(y_B >= 0).sum() for y_B in labels]).sum().float()
+        shares = self.processes.size * len(parts)
+        # A batch can have lost all its labels.
+        return (self.processes.mean(mine) * self.processes.size).clamp(min=1) / shares
+
+    def _gradient(self) -> tuple[float, float, float | None, Tensor]:
+        """The gradient of a whole batch, left in the parameters.
+
+        Returns loss, bits/dim, −log p(y | x) where it is in the loss, and the mean square of z.
+        """
+        figures = torch.zeros(3, device=self.device)
         square_TD = torch.zeros_like(self.flow.prior_variance)
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.batches.parts(self.step)
-        for number, (image_BCHW, y_B) in enumerate(parts):
+        labelled = self._labelled(parts) if self.config.optimization.discriminative_weight else None
+        for number, part in enumerate(parts):
             with part_of_batch(self._model, is_last=number == len(parts) - 1):
-                loss, nats, part_TD = self._loss(image_BCHW, y_B)
+                loss, part_figures, part_TD = self._loss(part, labelled)
                 (loss / len(parts)).backward()
-            figures += torch.stack([loss.detach(), nats]) / len(parts)
+            figures += part_figures / len(parts)
             square_TD += part_TD / len(parts)
-        loss_mean, nats_mean = self.processes.mean(figures).tolist()
+        loss_mean, nats_mean, label_nats = self.processes.mean(figures).tolist()
         bits = float(bits_per_dim(nats_mean, self.config.flow.num_dims, self.config.noise))
-        return loss_mean, bits, square_TD
+        return loss_mean, bits, None if labelled is None else label_nats, square_TD
 
-    def _train_step(self) -> tuple[float, float, float, float]:
-        """One optimizer step; returns loss, bits/dim, gradient norm and learning rate."""
+    def _train_step(self) -> tuple[float, float, float, float, float | None]:
+        """One optimizer step; returns loss, bits/dim, gradient norm, learning rate and −log p(y | x)."""
         options = self.config.optimization
         warmup_steps = round(options.warmup_epochs * self.steps_per_epoch)
         rate = learning_rate(self.step, self.total_steps, warmup_steps, options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, bits, square_TD = self._gradient()
+        loss, bits, label_nats, square_TD = self._gradient()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm)).item()
         # All processes have the same norm and loss, and so come to the same end.
         if math.isfinite(norm) and math.isfinite(loss):
@@ -245,7 +297,7 @@ class Trainer:
                     f"{MAX_SKIPPED_IN_A_ROW} steps in a row up to step {self.step} had a non-finite loss or gradient; "
                     "lower the learning rate, or use float32"
                 )
-        return loss, bits, norm, rate
+        return loss, bits, norm, rate, label_nats
 
     def run(self, observe: Callable[[StepReport], None], checkpoint_seconds: float = CHECKPOINT_SECONDS) -> bool:
         """Train until done or :attr:`stop_requested`; returns whether the run is complete.
@@ -258,7 +310,7 @@ class Trainer:
         stop = self.processes.any(self.stop_requested)[0]
         while self.step < self.total_steps and not stop:
             start = time.monotonic()
-            loss, bits, norm, rate = self._train_step()
+            loss, bits, norm, rate, label_nats = self._train_step()
             elapsed = time.monotonic() - start
             self.step += 1
             self.images_seen += self.config.optimization.batch_size
@@ -275,6 +327,7 @@ class Trainer:
                     images_per_second=self.config.optimization.batch_size / elapsed,
                     seconds=self.seconds,
                     skipped_steps=self.skipped_steps,
+                    label_nats=label_nats,
                 )
             )
             due = time.monotonic() - last_save >= checkpoint_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from model.flow import Flow
 from training import checkpoint
 from training.checkpoint import FILE_NAME, CheckpointError, load_checkpoint
 from training.config import TrainConfig
@@ -95,3 +97,31 @@ def test_a_disk_without_room_is_named_before_the_first_step(
     ):
         Trainer(config, images, tmp_path / "run", CPU)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_that_fits_is_not_too_large_to_be_continued(
+    out: Path, config: TrainConfig, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Room for ten times the weights, of which the checkpoint that is there has taken four.
+    usage = shutil.disk_usage(out)
+    weights = sum(value.numel() * value.element_size() for value in Flow(config.flow).state_dict().values())
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=6 * weights))
+    assert Trainer(config, images, out, CPU).step == 0
+    with pytest.raises(ValueError, match="free, allowed is at least"):
+        Trainer(config, images, out.with_name("another"), CPU)
+
+
+def test_a_disk_that_is_full_later_leaves_the_last_checkpoint(out: Path, config: TrainConfig, images: Images) -> None:
+    trainer, before = Trainer(config, images, out, CPU), (out / FILE_NAME).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores the signal, and gets an error as of a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint\.pt: step 0 cannot be written: .*; the last one is kept"
+        ):
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in out.iterdir()] == [FILE_NAME]
+    assert (out / FILE_NAME).read_bytes() == before

@@ -90,6 +90,8 @@ def test_the_commands_are_cheap_to_import_and_list() -> None:
         "emoji-64",
         "fashion-mnist",
         "fashion-mnist-likelihood",
+        "fine-tune",
+        "hybrid",
         "imagenet128",
         "imagenet64-conditional",
         "imagenet64-conditional-p4",
@@ -123,14 +125,14 @@ def test_options_override_the_preset(preset_file: Path, idx_data: Path, tmp_path
 def test_any_field_is_set_and_the_resolved_configuration_is_a_preset(
     preset_file: Path, idx_data: Path, tmp_path: Path
 ) -> None:
-    settings = ("--set", "flow.width=24", "--set", "ema_decay=0.5", "--set", "optimization.learning_rate=2e-3")
+    settings = ("--set", "flow.width=024", "--set", "ema_decay=0.5", "--set", "optimization.learning_rate=2e-3")
     out = tmp_path / "run"
     invoke("train", preset_file, "--data", idx_data, "--out", out, "--epochs", 1, *settings)
     bundle = read_bundle(out / "bundle")
     assert bundle.config.flow.width == 24
     assert bundle.config.training["optimization"]["ema_decay"] == 0.5
     assert bundle.config.training["optimization"]["learning_rate"] == 2e-3
-    assert "--set flow.width=24 --set ema_decay=0.5" in bundle.card
+    assert "--set flow.width=024 --set ema_decay=0.5" in bundle.card
     # The same run from its own file: nothing is left to do, and it is no other run.
     again, _ = invoke("train", out / "config.yaml", "--data", idx_data, "--out", out)
     assert "continuing at step 5 of 5" in again
@@ -144,6 +146,9 @@ def test_any_field_is_set_and_the_resolved_configuration_is_a_preset(
         ("noise.std=9", "noise.std: got 9, allowed is a number in (0, 2)"),
         ("flip", "set: got 'flip', allowed is FIELD=VALUE"),
         ("batch_size=[", "batch_size: got '['"),
+        ("class_names=ab", "class_names: got 'ab', allowed is a list"),
+        # YAML 1.1 would read the number of seconds in it.
+        ("epochs=1:30", "optimization.epochs: got '1:30'"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(
@@ -295,6 +300,14 @@ def test_a_diverged_run_ends_with_status_1(preset_file: Path, idx_data: Path, tm
     train = ("train", preset_file, "--data", idx_data, "--out", tmp_path / "run", "--sample-every", 10000)
     _, stderr = invoke(*train, "--learning-rate", 1e30, "--epochs", 100, status=1)
     assert stderr.startswith("Error: 50 steps in a row")
+
+
+def test_too_little_memory_is_one_line(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    train = ("train", preset_file, "--data", idx_data, "--out", tmp_path / "run", "--set", "width=1000000000000")
+    _, stderr = invoke(*train, status=1)
+    assert len(stderr.splitlines()) == 1
+    assert "allocate memory" in stderr
+    assert "accumulation" in stderr
 
 
 def test_a_bundled_model_is_found_by_name(monkeypatch: pytest.MonkeyPatch, idx_data: Path, tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ def test_what_cannot_be_fetched_is_named_and_leaves_nothing(
     error = run_command("data", "emoji", out, status=2)
     assert f"emoji-datasource-google-16.0.0.tgz: got a file with {integrity(packages[0])}, allowed is sha512-" in error
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"{registry}/nothing")
+    # What is there is refused before anything is fetched.
+    assert "is there already" in run_command("data", "emoji", tmp_path, status=2)
     assert "404" in run_command("data", "emoji", out, status=2)
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", "file:///etc")
     assert "NPM_CONFIG_REGISTRY: got 'file:///etc/" in run_command("data", "emoji", out, status=2)

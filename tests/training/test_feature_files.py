@@ -81,10 +81,13 @@ def test_published_statistics_give_the_distance_from_their_images(tmp_path: Path
 def test_statistics_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "reference.npz"
     np.savez(path, mu=np.zeros(3))
-    with pytest.raises(ValueError, match="has no sigma, allowed is both mu and sigma"):
+    with pytest.raises(ValueError, match=r"statistics: .* has no sigma, allowed is both mu and sigma"):
         read_statistics(path)
     np.savez(path, mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(ValueError, match=r"mu of shape \(3,\) and sigma of shape \(2, 2\)"):
+        read_statistics(path)
+    np.savez(path, mu=np.zeros(2), sigma=np.array([[1, np.nan], [np.nan, 1]]))
+    with pytest.raises(ValueError, match=r"statistics: .* has values that are not finite"):
         read_statistics(path)
     path.write_bytes(b"PK not a zip file")
     with pytest.raises(ValueError, match=r"allowed is an \.npz file"):

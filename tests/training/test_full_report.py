@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from model.bundle import Bundle, read_bundle
-from model.config import NoiseProtocol
-from model.weights import load_flow
+from model.bundle import Bundle, BundleConfig, read_bundle
+from model.config import NoiseProtocol, SamplingDefaults
+from model.flow import Flow
+from model.weights import load_flow, write_bundle
 from service.local import import_checkpoint
 from tests.training.conftest import run_command
 from tests.training.test_latents import AUTOENCODER
 from tests.training.test_latents import PRESET as LATENTS
+from training.ablations.measure import Drawn, draw_samples
 from training.baselines.coupling import CouplingFlow
 from training.baselines.equal import baseline_config, train_baseline
 from training.card import evaluation_section
@@ -85,25 +88,29 @@ def test_the_report_says_everything_with_its_comparison(bundle: Bundle, data: Pa
     assert abs(real["frechet"]["value"]) < 5 * real["frechet"]["standard_error"] + 1
     assert real["precision"]["value"] > samples["precision"]["value"]
     assert found["copying"]["training_images"] == 160
+    assert found["copying"]["known_to_be_the_models"] is True
     assert 0 <= found["copying"]["share_nearer_than_1_percent_of_test_images"] <= 1
     assert found["reconstruction"]["largest"] < 0.1
     # As many steps as the bundle: an epoch of 20.
     baseline = found["baseline"]
     assert baseline["images_seen"] == bundle.config.training["steps"] * 8 == 160
+    # The narrowest coupling flow takes more operations than so small a model, and the report says so.
     least = CouplingFlow(bundle.config.flow, 8).flops_per_image
-    assert baseline["flops_per_image"] <= max(least, baseline["model_flops_per_image"])
+    assert baseline["flops_per_image"] == least > baseline["model_flops_per_image"]
     difference = baseline["bits_per_dim"] - found["likelihood"]["bits_per_dim"]["mean"]
     assert baseline["minus_model"]["mean"] == pytest.approx(difference, abs=1e-6)
     assert baseline["model_images_seen"] == 160
     assert found["likelihood"]["bayes_accuracy"]["num_images"] == 160
     text, card = (out / "report.md").read_text(), evaluation_section(read_bundle(bundle.path).card)
     assert card is not None
-    for says in (f"{samples['frechet']['value']:.2f} ± ", "Baseline of equal budget", "precision", "Bayes accuracy"):
+    for says in (f"{samples['frechet']['value']:.2f} ± ", "Baseline of a larger budget", "precision", "Bayes accuracy"):
         assert says in card
     for figure in (samples["frechet"]["value"], real["frechet"]["value"]):
         assert f"{figure:.2f} ± " in text
     assert f"{baseline['bits_per_dim']:.4f}" in text
     assert "not comparable with published FID" in text
+    assert "classes in the reference's shares" in text
+    assert "is not known" not in text
     for name in ("samples.png", "nearest.png"):
         assert f"]({name})" in text
         with Image.open(out / name) as picture:
@@ -127,6 +134,58 @@ def test_copies_of_training_images_are_found_out(make_images: Callable[..., Imag
     np.testing.assert_allclose(found.samples.distance, 1 / 8)
     differences = found.pairs[0].astype(int) - found.pairs[1]
     assert (np.abs(differences).sum(axis=(1, 2, 3)) == 1).all()
+
+
+def test_exact_copies_are_found_out_where_test_images_are_copies_too(make_images: Callable[..., Images]) -> None:
+    train, fresh = (make_images(200, seed=seed).pixels for seed in (1, 2))
+    # Two of a hundred test images are in the training split as well: the nearest 1% have distance 0.
+    held_out = np.concatenate([train[:2], fresh[:98]])
+    found = find_copies(train, held_out, train, CPU)
+    assert np.quantile(found.held_out.distance, 0.01) == 0
+    assert found.share_nearer == 1
+
+
+def test_one_sample_that_is_not_finite_does_not_take_the_figures_of_all_others(
+    bundle: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_but_one(*args: Any) -> Drawn:
+        drawn = draw_samples(*args)
+        return Drawn(drawn.pixels[1:], drawn.not_finite + 1, drawn.seconds)
+
+    monkeypatch.setattr("training.quality.draw_samples", all_but_one)
+    distances = report(bundle, data, tmp_path / "report", samples=60)["distances"]
+    assert distances["samples"]["num_images"] == 59
+    assert distances["components"] == 29
+
+
+def test_a_model_without_classes_has_none_in_its_report(config: TrainConfig, data: Path, tmp_path: Path) -> None:
+    flow = Flow(replace(config.flow, num_classes=0))
+    described = BundleConfig(name="squares", flow=flow.config, noise=config.noise)
+    bundle = write_bundle(tmp_path / "bundle", described, flow, SamplingDefaults(), "# squares\n")
+    report(bundle, data, tmp_path / "report", samples=40)
+    assert "classes in the reference" not in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_model_that_runs_away_has_a_report_that_says_so(config: TrainConfig, data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    flow = Flow(config.flow)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=4.0)
+    described = BundleConfig(name="squares", flow=flow.config, noise=config.noise, class_names=("0", "1"))
+    bundle = write_bundle(tmp_path / "bundle", described, flow, SamplingDefaults(), "# squares\n")
+    found = report(bundle, data, tmp_path / "report", "--limit", 1)
+    assert found["samples"]["not_finite"] > 0
+    # One image has no standard error, and JSON no infinity.
+    assert found["likelihood"]["bits_per_dim"]["standard_error"] is None
+
+
+def test_features_that_are_not_finite_are_refused(
+    bundle: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Extractor(name="nan", num_features=4, extract=lambda pixels: torch.full((len(pixels), 4), torch.nan))
+    monkeypatch.setitem(EXTRACTORS, "efficientnet-lite0", lambda device: nothing)
+    asked = ("evaluate", bundle.path, "--data", data, "--report", tmp_path / "report", "--samples", 40)
+    assert "extractor: nan gives features that are not finite" in run_command(*asked, status=2)
 
 
 def test_statistics_in_a_file_give_the_distance_of_all_features(bundle: Bundle, data: Path, tmp_path: Path) -> None:
@@ -224,13 +283,16 @@ def test_an_imported_checkpoint_is_evaluated(tmp_path: Path) -> None:
     assert "which images it was trained on" in run_command("evaluate", bundle.path, "--data", data, "--limit", "10")
     assert found["distances"]["real_images"]["from"] == "the training split, which the model may have seen"
     assert found["copying"]["training_images"] == 60
+    assert found["copying"]["known_to_be_the_models"] is False
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "that the model was trained on these images is not known, and copies of others are not found" in text
     asked = ["evaluate", bundle.path, "--data", data, "--report", tmp_path / "other", "--baseline"]
     assert "does not say how it was trained" in run_command(*asked, status=2)
     assert not (tmp_path / "other").exists()
 
 
 def test_options_that_do_not_fit_are_refused_before_anything_is_measured(
-    make_bundle: Callable[..., Bundle], idx_data: Path, tmp_path: Path
+    make_bundle: Callable[..., Bundle], config: TrainConfig, idx_data: Path, tmp_path: Path
 ) -> None:
     def refused(*options: object) -> str:
         return run_command("evaluate", make_bundle().path, "--data", idx_data, *options, status=2)
@@ -241,5 +303,10 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_measured(
     assert "num_samples: got 39, allowed is an integer >= 40" in refused(*out, "--samples", "39")
     assert "extractor: got 'inception', allowed is efficientnet-lite0" in refused(*out, "--extractor", "inception")
     assert "No such file" in refused(*out, "--statistics", tmp_path / "none.npz")
+    flow = Flow(replace(config.flow, image_size=12))
+    described = BundleConfig(name="larger", flow=flow.config, noise=config.noise, class_names=("0", "1"))
+    larger = write_bundle(tmp_path / "larger", described, flow, SamplingDefaults(), "# larger\n")
+    found = refused(larger.path, *out, "--statistics-out", tmp_path / "statistics.npz")
+    assert "statistics_out: got bundles of 1x12x12 and 1x8x8 pixels, allowed is one size" in found
     assert "there are 20 and 44" in refused(*out)
     assert not (tmp_path / "report").exists()

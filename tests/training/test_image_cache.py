@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,37 @@ def test_other_files_and_other_sizes_are_other_entries(folder_data: Path, tmp_pa
     again = load_images(folder_data, "train", 8, 3, cache)
     np.testing.assert_array_equal(again.pixels, load_images(folder_data, "train", 8, 3).pixels)
     assert len(list(cache.iterdir())) == 4
+
+
+def test_other_content_of_the_same_name_size_and_time_is_another_entry(folder_data: Path, tmp_path: Path) -> None:
+    # As unpacked from two archives whose files all have the same time, where nothing is compressed.
+    for brightness in (10, 200):
+        for folder in ("cat", "dog"):
+            path = folder_data / folder / "0.bmp"
+            Image.new("RGB", (8, 8), (brightness,) * 3).save(path)
+            os.utime(path, ns=(1, 1))
+        images = load_images(folder_data, "train", 8, 3, tmp_path / "cache")
+        np.testing.assert_array_equal(images.pixels, load_images(folder_data, "train", 8, 3).pixels)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(
+    folder_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, decode = tmp_path / "cache", data._decode
+    cache.mkdir()
+    (cache / "abandoned.part").write_bytes(b"half of it")
+
+    def another_meanwhile(*arguments: Any) -> None:
+        monkeypatch.setattr(data, "_decode", decode)
+        assert len(list(cache.glob("*.part"))) == 1
+        load_images(folder_data, "train", 8, 3, cache)
+        assert len(list(cache.glob("*.part"))) == 1
+        decode(*arguments)
+
+    monkeypatch.setattr(data, "_decode", another_meanwhile)
+    images = load_images(folder_data, "train", 8, 3, cache)
+    np.testing.assert_array_equal(images.pixels, load_images(folder_data, "train", 8, 3).pixels)
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_an_unreadable_image_leaves_nothing(folder_data: Path, tmp_path: Path) -> None:

@@ -12,18 +12,19 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from model.bundle import CODEC, read_bundle
 from model.codecs.autoencoder_kl import AutoencoderKL
 from model.codecs.base import Latents
 from model.codecs.config import CodecConfig
-from model.codecs.weights import load_codec, read_autoencoder
+from model.codecs.weights import DIFFUSERS_WEIGHTS, load_codec, read_autoencoder
 from training.cli import app
 from training.config import load_preset
-from training.data import load_images
-from training.latents import CACHE, encode, open_codec
+from training.data import DataError, load_images
+from training.latents import CACHE, encode, load_bundle_images, open_codec
+from training.provenance import training_split
 
 AUTOENCODER = Path(__file__).parents[1] / "reference" / "autoencoder-kl" / "grey"
 PRESET: dict[str, Any] = {
@@ -74,7 +75,9 @@ def preset(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_of_latents_is_trained_continued_and_evaluated(preset: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_of_latents_is_trained_continued_and_evaluated(
+    preset: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
     train = ("train", preset, "--data", data, "--codec", AUTOENCODER, "--out", out, "--device", "cpu")
     invoke(*train)
@@ -97,6 +100,23 @@ def test_a_run_of_latents_is_trained_continued_and_evaluated(preset: Path, data:
     [evaluation] = document["evaluations"]
     assert "no likelihood of pixels" in json.dumps(evaluation)
     assert evaluation["num_images"] == 4
+    # Samples are looked at as images: latents have no range, and about a quarter of normal values is beyond a pixel's.
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, latents: torch.zeros(len(latents), 1, 16, 16))
+    asked = ("evaluate", out / "bundle", "--data", data, "--json", "--device", "cpu", "--samples", 6)
+    assert json.loads(invoke(*asked))["evaluations"][0]["samples"]["outside"] == 0
+
+
+def test_likelihoods_of_other_latents_are_not_compared(preset: Path, data: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(AUTOENCODER, tmp_path / "codec") / DIFFUSERS_WEIGHTS
+    save_file({name: 1.5 * value for name, value in load_file(weights).items()}, weights)
+    bundles = []
+    for codec, name in ((AUTOENCODER, "one"), (tmp_path / "codec", "two")):
+        out = tmp_path / name
+        invoke("train", preset, "--data", data, "--codec", codec, "--out", out, "--device", "cpu", "--epochs", 1)
+        bundles.append(out / "bundle")
+    compared = invoke("evaluate", *bundles, "--data", data, "--device", "cpu")
+    assert "score latents of different codecs: not comparable" in compared
+    assert "not comparable" not in invoke("evaluate", bundles[0], bundles[0], "--data", data, "--device", "cpu")
 
 
 def test_a_cache_of_other_images_is_made_anew(preset: Path, data: Path, tmp_path: Path) -> None:
@@ -110,6 +130,29 @@ def test_a_cache_of_other_images_is_made_anew(preset: Path, data: Path, tmp_path
     before = (other / CACHE).read_bytes()
     invoke(*train, "--out", other, "--epochs", 1)
     assert (other / CACHE).read_bytes() != before
+
+
+def test_the_training_images_are_known_again_where_latents_have_other_last_digits(
+    preset: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ("train", preset, "--data", data, "--codec", AUTOENCODER, "--device", "cpu", "--epochs", 1)
+    invoke(*train, "--out", tmp_path / "run")
+    bundle = read_bundle(tmp_path / "run" / "bundle")
+    images = load_bundle_images(bundle, data, "train", torch.device("cpu"))
+    encode_here = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, image: encode_here(self, image) * (1 + 1e-6))
+    elsewhere = load_bundle_images(bundle, data, "train", torch.device("cpu"))
+    assert not np.array_equal(elsewhere.pixels, images.pixels)
+    assert len(training_split(bundle, elsewhere).trained_on) == 12
+    # Other images are still told apart, and so is another codec.
+    Image.fromarray(np.full((16, 16), 7, np.uint8)).save(data / "train" / "dark" / "0.png")
+    with pytest.raises(DataError, match="have another hash"):
+        training_split(bundle, load_bundle_images(bundle, data, "train", torch.device("cpu")))
+    invoke(*train, "--out", tmp_path / "new")
+    weights = shutil.copytree(AUTOENCODER, tmp_path / "codec") / DIFFUSERS_WEIGHTS
+    save_file({name: 1.5 * value for name, value in load_file(weights).items()}, weights)
+    other = ("train", preset, "--data", data, "--codec", tmp_path / "codec", "--device", "cpu", "--epochs", 2)
+    assert "holds a run on other training images" in invoke(*other, "--out", tmp_path / "new", status=2)
 
 
 def test_latents_of_a_batch_are_those_of_each_image(data: Path) -> None:

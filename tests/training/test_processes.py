@@ -105,6 +105,23 @@ def test_two_processes_and_parts_of_a_batch_give_the_same_curve(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_the_discriminative_term_is_that_of_the_whole_batch(
+    shard: str, tmp_path: Path, preset_file: Path, idx_data: Path
+) -> None:
+    # Half of the labels are dropped: processes have different numbers of labelled images.
+    values = ("discriminative_weight=50.0", "wrong_classes=1", "label_drop=0.5", "learning_rate=1.0e-3")
+    options = [word for value in values for word in ("--set", value)]
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    assert start(tmp_path, preset_file, idx_data, alone, *options).returncode == 0
+    spread = ("--set", "accumulation=2", "--set", f"shard={shard}")
+    finished = start(tmp_path, preset_file, idx_data, two, *options, *spread, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    for name in ("loss", "bits_per_dim", "label_nats"):
+        assert [line[name] for line in read_log(two)] == pytest.approx([line[name] for line in read_log(alone)], 1e-4)
+
+
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_very_weights(
     straight: Path, tmp_path: Path, preset_file: Path, idx_data: Path
 ) -> None:

@@ -203,16 +203,32 @@ def test_compiling_without_a_compiler_is_refused(
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_processes_takes_the_same_batches(config: TrainConfig, images: Images, world: int) -> None:
-    config = config.with_overrides(flip=True)
+    config = config.with_overrides(flip=True, discriminative_weight=1.0, wrong_classes=1)
     alone = Batches(images, config, CPU, ALONE)
     together = [Batches(images, config, CPU, Processes(rank, world)) for rank in range(world)]
     # Across an epoch's end, in order and after a jump.
     for step in (3, 4, 5, 6, 17):
-        ((whole_BCHW, whole_B),) = alone.parts(step)
+        ((whole_BCHW, whole_B, chance_B),) = alone.parts(step)
         parts = [batches.parts(step)[0] for batches in together]
-        assert torch.equal(torch.cat([image for image, _ in parts]), whole_BCHW)
+        assert torch.equal(torch.cat([image for image, _, _ in parts]), whole_BCHW)
         assert whole_B is not None
-        assert torch.equal(torch.cat([y_B for _, y_B in parts if y_B is not None]), whole_B)
+        assert torch.equal(torch.cat([y_B for _, y_B, _ in parts if y_B is not None]), whole_B)
+        assert chance_B is not None
+        assert torch.equal(torch.cat([part_B for _, _, part_B in parts if part_B is not None]), chance_B)
+
+
+def test_wrong_classes_are_drawn_last(config: TrainConfig, images: Images) -> None:
+    config = config.with_overrides(flip=True)
+    hybrid = config.with_overrides(discriminative_weight=1.0, wrong_classes=1)
+    ((plain_BCHW, plain_B, nothing),) = Batches(images, config, CPU, ALONE).parts(3)
+    ((image_BCHW, y_B, chance_B),) = Batches(images, hybrid, CPU, ALONE).parts(3)
+    assert torch.equal(image_BCHW, plain_BCHW)
+    assert y_B is not None
+    assert plain_B is not None
+    assert torch.equal(y_B, plain_B)
+    assert nothing is None
+    assert chance_B is not None
+    assert chance_B.shape == y_B.shape
 
 
 def test_refactors_do_not_move_the_numbers(config: TrainConfig, images: Images, tmp_path: Path) -> None:

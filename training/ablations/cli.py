@@ -39,11 +39,12 @@ def ablate(
     SIGTERM and Ctrl-C write a checkpoint and end the command; the same command continues, and repeats no finished row.
     """
     with clear_errors():
+        from model.config import check
         from model.device import resolve_device
         from training.ablations.plan import Scale, parse_budget
         from training.ablations.report import loss_plot, markdown, spearman, to_json
         from training.ablations.run import Ablation, AblationOptions, Stopped, run_ablation
-        from training.classes import match_labels
+        from training.classes import class_names, match_labels
         from training.data import load_images
 
         options = AblationOptions(
@@ -62,9 +63,11 @@ def ablate(
             reference_images=reference_images,
             components=components,
         )
+        check(channels in (1, 3), "channels", channels, "1 or 3")
         train, test = (load_images(data, split, image_size, channels) for split in ("train", "test"))
-        if train.class_names:
-            test = match_labels(test, train.class_names, data.name)
+        # A folder without subfolders is one class by its own name, which is another in either split.
+        if len(class_names(train)) > 1:
+            test = match_labels(test, class_names(train), data.name)
 
         def write(ablation: Ablation) -> None:
             (out / "ablation.md").write_text(markdown(ablation))

@@ -73,6 +73,8 @@ def draw_samples(
             x_BTD = x_BTD[_are_finite(x_BTD)]
         if len(x_BTD):
             images_BCHW = (codec or Identity()).images(flow.unpatchify(x_BTD))
+            # An autoencoder may have no finite image of finite latents.
+            images_BCHW = images_BCHW[_are_finite(images_BCHW)]
             batches.append(to_pixels(images_BCHW, noise.kind).cpu().numpy())
         advance(len(u_BTD))
     empty = np.zeros((0, config.channels, config.image_size, config.image_size), np.uint8)
@@ -106,26 +108,34 @@ class Ruler:
 
     extractor: Extractor
     reference: Reference
+    device: torch.device
+    """Where the extractor is."""
 
     def measure(self, pixels: NDArray[np.uint8]) -> Figure | None:
         """The distance of these samples; None where too few are left."""
         if len(pixels) < self.reference.min_samples:
             return None
-        return self.reference.measure(self.extractor(torch.from_numpy(pixels)).cpu())
+        return self.reference.measure(self.extractor(torch.from_numpy(pixels).to(self.device)).cpu())
 
 
 def make_ruler(
-    extractor: Extractor, images: Images, components: int, cache: Path, advance: Callable[[int], None]
+    extractor: Extractor,
+    images: Images,
+    components: int,
+    cache: Path,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Ruler:
     """The ruler of these real images; their features' moments are kept in ``cache`` for the next time."""
     key = f"{extractor.name} {data_fingerprint(images)}"
     moments = _read_moments(cache, key)
     if moments is None:
-        features_NF = extractor(torch.from_numpy(np.ascontiguousarray(images.pixels)), advance).cpu()
+        pixels_NCHW = torch.from_numpy(np.ascontiguousarray(images.pixels)).to(device)
+        features_NF = extractor(pixels_NCHW, advance).cpu()
         moments = Moments.of(features_NF)
         tensors = {"mean_F": moments.mean_F, "scatter_FF": moments.scatter_FF}
         save_file(tensors, cache, {"key": key, "count": str(moments.count)})
-    return Ruler(extractor, Reference.fit(extractor.name, moments, components))
+    return Ruler(extractor, Reference.fit(extractor.name, moments, components), device)
 
 
 def _read_moments(cache: Path, key: str) -> Moments | None:

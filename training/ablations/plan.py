@@ -102,7 +102,7 @@ class Scale:
 
 def parse_budget(text: str, batch_size: int) -> int:
     """``25600 images`` or ``400 steps`` as a number of images; raises ``ValueError`` for anything else."""
-    found = re.fullmatch(r"\s*([1-9][0-9_]*)\s*(images|steps)\s*", text)
+    found = re.fullmatch(r"\s*([1-9][0-9]*(?:_[0-9]+)*)\s*(images|steps)\s*", text)
     check(found is not None, "budget", text, "a number of images or steps, as in '25600 images' or '400 steps'")
     assert found is not None  # noqa: S101 - for the type checker
     number = int(found[1])
@@ -116,6 +116,8 @@ def make_plan(scale: Scale, *, image_size: int, channels: int, class_names: Sequ
     depth, gaussian = scale.depth, NoiseProtocol(kind="gaussian", std=0.1)
     steps_per_epoch = num_images // scale.batch_size
     check(steps_per_epoch >= 1, "batch_size", scale.batch_size, f"at most the {num_images} training images")
+    values = channels * scale.patch_size**2
+    check(values > 1, "patch_size", scale.patch_size, "a size with at least two values a patch, which coupling halves")
     flow = FlowConfig(
         image_size=image_size,
         channels=channels,
@@ -133,7 +135,7 @@ def make_plan(scale: Scale, *, image_size: int, channels: int, class_names: Sequ
         class_names=tuple(class_names),
         optimization=Optimization(
             batch_size=scale.batch_size,
-            # Half a step more than asked for, so that rounding cannot lose one.
+            # A quarter of a step more than asked for, so that rounding cannot lose one.
             epochs=(scale.steps + 0.25) / steps_per_epoch,
             learning_rate=scale.learning_rate,
             warmup_epochs=0.05 * scale.steps / steps_per_epoch,

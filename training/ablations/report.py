@@ -90,14 +90,14 @@ def loss_outcome(points: Sequence[Measured]) -> str:
 
 def markdown(ablation: Ablation) -> str:
     """The whole report."""
-    scale, options = ablation.options.scale, ablation.options
+    scale = ablation.options.scale
     intro = (
         f"Every flow was trained on {scale.steps * scale.batch_size:,} images of {ablation.data_name} "
         f"({scale.steps:,} steps of {scale.batch_size}), with the same seed, order of images and recipe; the base has "
         f"{scale.depth} blocks of {scale.depth} layers, width {scale.width}, patches of {scale.patch_size}×"
         f"{scale.patch_size}. Distances are the {ablation.features}. An order counts beyond {BEYOND_DOUBT:g} standard "
         "errors of the difference; these are of the choice of the samples: each flow was trained once. "
-        f"Bits/dim are of {options.scored_images:,} test images and comparable between equal kinds and sizes of noise "
+        f"Bits/dim are of {ablation.num_scored:,} test images and comparable between equal kinds and sizes of noise "
         "only."
     )
     sections = ["# The paper's ablations in miniature", intro, _summary(ablation)]

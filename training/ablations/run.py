@@ -26,7 +26,7 @@ from training.classes import class_names
 from training.data import Images, epoch_order
 from training.evaluate import estimate, finite, score_images
 from training.features import load_extractor
-from training.frechet import COMPONENTS, Figure
+from training.frechet import COMPONENTS, GROUPS, Figure
 from training.log import RunLog
 from training.run import stop_on_signals
 from training.trainer import StepReport, Trainer, TrainingDiverged
@@ -82,6 +82,8 @@ class Ablation:
     plan: Plan
     options: AblationOptions
     data_name: str
+    num_scored: int
+    """Test images that bits/dim are of."""
     features: str
     """How the distances are called."""
     rows: dict[str, Measured]
@@ -126,6 +128,7 @@ def run_ablation(
         num_images=len(train),
     )
     rows, with_points = chosen_rows(plan, options.rows)
+    _check_counts(options, len(test))
     out.mkdir(parents=True, exist_ok=True)
     _check_scale(out / "scale.json", options.scale)
     bench = _Bench(options, plan, train, test, out, device, say)
@@ -150,6 +153,13 @@ def snapshot_steps(total: int, count: int) -> list[int]:
     """Steps with equal ratios, the last one the whole run: loss falls fastest at first."""
     first = max(1.0, total / 2 ** ((count - 1) / 2))
     return sorted({round(first * (total / first) ** (i / max(1, count - 1))) for i in range(count)})
+
+
+def _check_counts(options: AblationOptions, num_real: int) -> None:
+    """Refuse before the first training what the distances would refuse after it."""
+    most, least = min(options.reference_images, num_real) - 1, max(2 * options.components, 2 * GROUPS)
+    check(options.components <= most, "components", options.components, f"1 to {most} for {most + 1} real images")
+    check(options.num_samples >= least, "num_samples", options.num_samples, f"an integer >= {least}")
 
 
 def _check_scale(path: Path, scale: Scale) -> None:
@@ -188,10 +198,7 @@ class _Bench:
             self.say(f"features of {len(real):,} real images")
             extractor = load_extractor(options.extractor, self.device)
             cache = self.out / "reference.safetensors"
-            ruler = make_ruler(extractor, real, options.components, cache, lambda count: None)
-            least = ruler.reference.min_samples
-            check(options.num_samples >= least, "num_samples", options.num_samples, f"an integer >= {least}")
-            self._ruler = ruler
+            self._ruler = make_ruler(extractor, real, options.components, cache, self.device)
         return self._ruler
 
     def train(self, training: Training) -> Flow | None:
@@ -254,14 +261,14 @@ class _Bench:
     def measure_snapshot(self, training: Training, step: int) -> None:
         """Measure the base run as it was after this step, unless that is done."""
         directory = self.out / training.name
-        sampling = self.plan.rows[training.name].sampling
-        key = {**self._key(training, sampling), "step": step}
+        key = self._snapshot_key(step)
         path = directory / SNAPSHOT_ROWS / f"step_{step:06d}.json"
         if self._is_done(path, key):
             return
         flow = Flow(training.config.flow).to(self.device)
         flow.load_state_dict(load_file(_snapshot(directory, step), device=str(self.device)))
         flow.eval().requires_grad_(False)
+        sampling = self.plan.rows[training.name].sampling
         content = {"key": key, "step": step, **self._measured(flow, training.config.noise, sampling)}
         self._write(path, f"{training.name} after {step} steps", content)
 
@@ -295,6 +302,9 @@ class _Bench:
             "features": f"{options.extractor}/pca{options.components}",
         }
 
+    def _snapshot_key(self, step: int) -> dict[str, Any]:
+        return {**self._key(self.plan.trainings[BASE], self.plan.rows[BASE].sampling), "step": step}
+
     @staticmethod
     def _is_done(path: Path, key: dict[str, Any]) -> bool:
         return path.is_file() and json.loads(path.read_text())["key"] == key
@@ -315,9 +325,13 @@ class _Bench:
             path = self.out / row.training / ROWS / f"{row.name}.json"
             if self._is_done(path, self._key(self.plan.trainings[row.training], row.sampling)):
                 rows[row.name] = Measured(name=row.name, content=json.loads(path.read_text()))
+        contents = [
+            json.loads(path.read_text()) for path in sorted((self.out / BASE / SNAPSHOT_ROWS).glob("step_*.json"))
+        ]
         points = [
-            Measured(name=path.stem, content=json.loads(path.read_text()))
-            for path in sorted((self.out / BASE / SNAPSHOT_ROWS).glob("step_*.json"))
+            Measured(name=f"step_{content['step']:06d}", content=content)
+            for content in contents
+            if content["key"] == self._snapshot_key(content["step"])
         ]
         options = self.options
         real = min(options.reference_images, len(self.test))
@@ -326,7 +340,13 @@ class _Bench:
             f"{real:,} real images); not comparable with FID"
         )
         return Ablation(
-            plan=self.plan, options=options, data_name=data_name, features=features, rows=rows, points=tuple(points)
+            plan=self.plan,
+            options=options,
+            data_name=data_name,
+            num_scored=min(options.scored_images, len(self.test)),
+            features=features,
+            rows=rows,
+            points=tuple(points),
         )
 
 

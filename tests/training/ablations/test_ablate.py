@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,12 +14,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+from model.codecs.base import Identity
 from model.config import NoiseProtocol, SamplingDefaults
 from model.flow import Flow
-from training.ablations.measure import draw_samples
+from training.ablations.measure import draw_samples, make_ruler
 from training.ablations.plan import BASE, Claim, Scale, make_plan, parse_budget
 from training.ablations.report import loss_outcome, outcome, spearman, study_outcome
 from training.ablations.run import Ablation, AblationOptions, Measured, Stopped, run_ablation, snapshot_steps
@@ -117,6 +120,12 @@ def test_what_is_finished_is_not_done_again_and_other_scales_are_refused(data: P
     more = ablate(data, out, *BUDGET, "--rows", BASE, "--num-samples", "50")
     assert "base: step" not in more
     assert document(out)["rows"][BASE]["samples"] == 50
+    # Points with as many samples as the header says, or none.
+    ablate(data, out, *BUDGET, "--rows", "loss")
+    assert {point["samples"] for point in document(out)["loss"]["points"]} == {40}
+    ablate(data, out, *BUDGET, "--rows", BASE, "--num-samples", "50", "--scored-images", "1000")
+    assert document(out)["loss"]["points"] == []
+    assert "Bits/dim are of 60 test images" in (out / "ablation.md").read_text()
     error = ablate(data, out, "--budget", "41 steps", status=2)
     assert "another images (128 there, 328 here)" in error.replace("\n", " ")
 
@@ -160,12 +169,38 @@ def test_a_training_that_diverges_is_a_result(data: Path, tmp_path: Path) -> Non
     assert "diverged at step" in (out / "ablation.md").read_text()
 
 
+def test_images_without_classes_are_ablated_without(tmp_path: Path, make_images: Callable[..., Images]) -> None:
+    for split, seed in (("train", 0), ("test", 1)):
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True)
+        for number, pixels in enumerate(make_images(60, seed=seed).pixels):
+            Image.fromarray(pixels[0]).save(folder / f"{number}.png")
+    out = tmp_path / "out"
+    ablate(tmp_path / "photos", out, "--budget", "2 steps", "--rows", "noise")
+    assert document(out)["rows"].keys() == {BASE, "uniform"}
+    assert "guidance" not in {study["name"] for study in document(out)["studies"]}
+
+
+def test_test_images_of_other_classes_are_refused(
+    data: Path, tmp_path: Path, make_images: Callable[..., Images], write_idx: Callable[..., Path]
+) -> None:
+    images = make_images(60, seed=1)
+    write_idx(data, replace(images, labels=images.labels + 1), "t10k")
+    assert "squares has 2 classes (0, 1), but the data has a label 2" in ablate(data, tmp_path / "out", status=2)
+
+
 def test_mistakes_are_refused(data: Path, tmp_path: Path) -> None:
     for options, message in (
         (("--rows", "volumes"), "rows: got 'volumes', allowed is volume, coupling"),
         (("--budget", "an hour"), "budget: got 'an hour', allowed is a number of images or steps"),
         (("--budget", "7 images"), "allowed is at least one step, that is 8 images"),
         (("--width", "12"), "width: got 12"),
+        (("--budget", "1__0 steps"), "budget: got '1__0 steps'"),
+        (("--channels", "2"), "channels: got 2, allowed is 1 or 3"),
+        (("--patch-size", "1"), "patch_size: got 1, allowed is a size with at least two values a patch"),
+        # Before the first training, and not at its end.
+        (("--num-samples", "39"), "num_samples: got 39, allowed is an integer >= 40"),
+        (("--num-samples", "200", "--components", "60"), "components: got 60, allowed is 1 to 59 for 60 real images"),
     ):
         assert message in ablate(data, tmp_path / "out", *options, status=2)
     assert not (tmp_path / "out" / BASE).exists()
@@ -248,6 +283,33 @@ def test_spearmans_correlation_is_of_ranks() -> None:
     # Ties: scipy.stats.spearmanr([1, 2, 2, 3], [1, 3, 2, 4]).
     tied = [measured(d, bits=b) for b, d in ((1, 1), (2, 3), (2, 2), (3, 4))]
     assert spearman(tied) == pytest.approx(0.9486832980505138)
+
+
+def test_images_are_measured_where_the_extractor_is(make_images: Callable[..., Images], tmp_path: Path) -> None:
+    """On a GPU as well, for which a device without values stands here."""
+    elsewhere, seen = torch.device("meta"), []
+
+    def extract(pixels: Tensor) -> Tensor:
+        seen.append(pixels.device)
+        return torch.randn(len(pixels), 4, generator=torch.Generator().manual_seed(len(seen)))
+
+    extractor = Extractor(name="random", num_features=4, extract=extract)
+    ruler = make_ruler(extractor, make_images(60), 2, tmp_path / "cache", elsewhere)
+    assert ruler.measure(make_images(50, seed=1).pixels) is not None
+    assert set(seen) == {elsewhere}
+
+
+def test_images_that_are_not_finite_are_left_out_too(config: TrainConfig) -> None:
+    class Overflowing(Identity):
+        """An autoencoder whose images overflow for some latents."""
+
+        def images(self, values_BCHW: Tensor) -> Tensor:
+            return torch.where((values_BCHW[:, :1, :1, :1] > 0), torch.inf, values_BCHW)
+
+    noise, labels = NoiseProtocol(kind="gaussian", std=0.1), [0, 1] * 10
+    flow = Flow(config.flow).eval()
+    drawn = draw_samples(flow, noise, SamplingDefaults(), range(20), labels, Overflowing())
+    assert 0 < drawn.not_finite == 20 - len(drawn.pixels) < 20
 
 
 def test_samples_that_are_not_finite_are_counted_and_left_out(config: TrainConfig) -> None:
