@@ -11,6 +11,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.envelope import render
+from service.ending import ended
 from service.errors import Unavailable
 
 RETRY_AFTER_SECONDS = 2.0
@@ -31,6 +32,7 @@ class Drain:
         """Set when no more time is left: what only reads, and would go on for long, ends by itself."""
         self._idle = idle
         self._running: set[asyncio.Task[None]] = set()
+        self._abandoning: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Refuse new work from now on."""
@@ -44,8 +46,8 @@ class Drain:
     def abandon(self) -> None:
         """Answer the requests that are left with a refusal; their jobs are canceled."""
         self.abandoned.set()
-        for task in self._running:
-            task.cancel()
+        if self._running:
+            self._abandoning = asyncio.ensure_future(ended(*self._running))
 
     async def run(self, work: asyncio.Task[None]) -> bool:
         """Wait for a request's work; ``False`` when it was abandoned."""

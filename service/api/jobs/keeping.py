@@ -16,6 +16,7 @@ from service.api.recipes.stored import packed, unknown_job
 from service.api.running import disconnected
 from service.broker.base import Accepted, JobStatus
 from service.drain import Drain
+from service.ending import ended
 from service.errors import Canceled, TimedOut, Unavailable
 from service.jobs import FINAL, Job, JobResult
 
@@ -70,9 +71,7 @@ async def ended_within(context: Context, job_id: str, seconds: float) -> tuple[J
         if gone.done() and not work.done():
             raise Canceled("the client went away; the job goes on")
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(*tasks)
     status = await context.broker.status(job_id)
     if work.cancelled() or (isinstance(work.exception(), TimedOut) and status.state not in FINAL):
         return status, None

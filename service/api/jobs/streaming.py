@@ -26,6 +26,7 @@ from service.api.jobs.keeping import drain_of, given_up
 from service.api.recipes.stored import stored_answer
 from service.api.running import disconnected
 from service.broker.base import Event
+from service.ending import ended
 from service.errors import Canceled, ServiceError
 from service.jobs import JobState
 
@@ -61,9 +62,7 @@ class EventStream(Response):
                 raise
         finally:
             is_done, is_gone = work.done(), gone.done()
-            for task in (work, gone, over):
-                task.cancel()
-            await asyncio.gather(work, gone, over, return_exceptions=True)
+            await ended(work, gone, over)
             if self._cancels and not is_done and not leaving.is_set():
                 self._context.request.state.error = Canceled("the client went away")
                 await given_up(self._context, self._job_id)
@@ -99,8 +98,7 @@ class EventStream(Response):
                 await send(_part(self._reconnect(error.message)))
             finally:
                 if coming is not None:
-                    coming.cancel()
-                    await asyncio.gather(coming, return_exceptions=True)
+                    await ended(coming)
 
     async def _written(self, event: Event) -> bytes:
         data: dict[str, Any] = {"job": self._job_id, "time": event.time}

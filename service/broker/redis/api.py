@@ -33,6 +33,7 @@ from service.broker.redis.records import OUTCOME_FIELDS, Outcome, event_of, stat
 from service.broker.redis.refusals import key_reused, refusal, share_of, unknown
 from service.broker.redis.registry import Registry
 from service.broker.redis.waits import Waits, chunks
+from service.ending import ended
 from service.errors import TimedOut, Unavailable
 from service.jobs import FINAL, WEIGHTS, Job, JobResult, JobState, ModelInfo, lane_of
 from service.messages import pack
@@ -83,10 +84,7 @@ class RedisBroker(Broker):
     async def close(self) -> None:
         """Leave; jobs that only this process waited for are canceled."""
         self._closing = True
-        while pending := [task for task in self._tasks if not task.done()]:
-            for task in pending:
-                task.cancel()  # more than once: a connection that is just being made may swallow it
-            await asyncio.wait(pending, timeout=0.2)
+        await ended(*self._tasks)
         self._tasks = []
         with suppress(Unavailable):
             await self._calls.run("detach", self._replica)
