@@ -80,6 +80,9 @@ def train(
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints: what a killed run does again, at most.")
     ] = 120.0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write OUT/tensorboard, too (extra tensorboard).")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -145,6 +148,7 @@ def train(
                 checkpoint_seconds=checkpoint_seconds,
                 codec=autoencoder,
                 start=fine_tuned,
+                tensorboard=tensorboard,
             )
             trainer = run.trainer
             start = f"continuing at step {trainer.step}" if trainer.step else "starting"

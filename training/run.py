@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from training.processes import ALONE, Processes
 from training.progress import ProgressDisplay
 from training.samples import Interrupted, write_sample_grid
 from training.start import Start
+from training.tensorboard import DIRECTORY, TensorBoard, check_installed
 from training.trainer import CHECKPOINT_SECONDS, StepReport, Trainer
 
 BUNDLE = "bundle"
@@ -56,9 +57,9 @@ class Run:
     """Everything around one :class:`Trainer`; construct (which continues a checkpoint), then :meth:`execute`.
 
     Writes into ``out``: ``config.yaml`` (the resolved configuration, a preset file), ``checkpoint.pt``, ``log.jsonl``,
-    ``samples/step_XXXXXX.png`` and ``bundle/``, which is complete and servable after its first writing. Of several
-    processes only the first one writes. Raises what the trainer raises, and
-    ``ValueError`` for a name or class names that a bundle cannot have.
+    ``samples/step_XXXXXX.png``, ``tensorboard/`` where it is asked for, and ``bundle/``, which is complete and servable
+    after its first writing. Of several processes only the first one writes. Raises what the trainer raises, and
+    ``ValueError`` for a name or class names that a bundle cannot have, or where TensorBoard is not installed.
     """
 
     def __init__(
@@ -75,9 +76,12 @@ class Run:
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         codec: AutoencoderKL | None = None,
         start: Start | None = None,
+        tensorboard: bool = False,
     ) -> None:
         """With a ``codec`` the images have its latents in place of their pixels; with a ``start`` it is fine-tuned."""
-        self._codec, self._start = codec, start
+        self._codec, self._start, self._wants_tensorboard = codec, start, tensorboard
+        if tensorboard:
+            check_installed()
         # What a bundle refuses must not surface only after the first hour.
         BundleConfig(
             name=config.name,
@@ -105,22 +109,35 @@ class Run:
             with stop_on_signals(trainer):
                 return self._follow()
         write_config(self._out, self._config)
-        with RunLog(self._out, trainer.step) as log, self._display, stop_on_signals(trainer):
+        with (
+            RunLog(self._out, trainer.step) as log,
+            self._tensorboard() as board,
+            self._display,
+            stop_on_signals(trainer),
+        ):
 
             def observe(report: StepReport) -> None:
                 log.record(report)
+                if board is not None:
+                    board.record(report)
                 self._display.update(report)
                 if self._is_due(report):
                     flow = trainer.averaged_flow()
-                    if self._draw_samples(flow):
+                    if self._draw_samples(flow, board):
                         self.write_bundle(flow)
 
             complete = trainer.run(observe, self._checkpoint_seconds)
             flow = trainer.averaged_flow()
             if complete:
-                self._draw_samples(flow)
+                self._draw_samples(flow, board)
             self.write_bundle(flow)
         return complete
+
+    def _tensorboard(self) -> AbstractContextManager[TensorBoard | None]:
+        if not self._wants_tensorboard:
+            return nullcontext()
+        configuration = (self._out / CONFIG).read_text(encoding="utf-8")
+        return TensorBoard(self._out / DIRECTORY, self.trainer.step, configuration)
 
     def _is_due(self, report: StepReport) -> bool:
         """Whether samples and a bundle are made after this step, before the end."""
@@ -137,7 +154,7 @@ class Run:
         self.trainer.averaged_weights()
         return complete
 
-    def _draw_samples(self, flow: Flow) -> bool:
+    def _draw_samples(self, flow: Flow, board: TensorBoard | None) -> bool:
         """Write the present step's sample grid; ``False`` when asked to stop meanwhile."""
         trainer, config = self.trainer, self._config
         path = self._out / SAMPLES / f"step_{trainer.step:06d}.png"
@@ -152,6 +169,8 @@ class Run:
             )
         except Interrupted:
             return False
+        if board is not None:
+            board.show(self._samples_png, trainer.step)
         self._display.note(f"step {trainer.step}: samples in {SAMPLES}/{path.name}")
         return True
 
