@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import causal_attention
 from model.config import FlowConfig
 
 NO_CLASS = -1
@@ -72,7 +73,7 @@ class Attention(nn.Module):
         q_BHTE, k_BHTE, v_BHTE = qkv.permute(2, 0, 3, 1, 4)
         if inverse_temperature is not None:
             q_BHTE = q_BHTE * inverse_temperature.to(q_BHTE.dtype)
-        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+        y_BHTE = causal_attention(q_BHTE, k_BHTE, v_BHTE, training=self.training)
         return self.out(y_BHTE.transpose(1, 2).reshape(B, T, W))
 
 
