@@ -54,12 +54,14 @@ def test_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     preset.write_text(yaml.safe_dump(CONTENT))
     small = ("--preset", str(preset), "--batch-size", "4", "--steps", "2", "--warmup", "1", "--rounds", "1")
     content = document(monkeypatch, capsys, training, *small, "--device", "cpu")
-    assert set(content["figures"]) == {"published", "ours", "ours, 2 processes"}
+    assert set(content["figures"]) == {training.PUBLISHED, training.OURS, training.HALF, training.TWO}
     for figures in content["figures"].values():
         assert figures["images_per_second"] > 0
         assert figures["peak_bytes"] >= 0
     ours, published = content["figures"]["ours"], content["figures"]["published"]
     assert content["ratio"] == pytest.approx(ours["images_per_second"] / published["images_per_second"])
+    one, two = content["figures"][training.HALF], content["figures"][training.TWO]
+    assert content["scaling"] == pytest.approx(two["images_per_second"] / one["images_per_second"])
 
 
 def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
