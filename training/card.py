@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from model.codecs.config import CodecConfig
 from model.config import FlowConfig, SamplingDefaults
@@ -48,8 +49,9 @@ class RunFacts:
     """Version of PyTorch."""
     bits_per_dim: float | None
     """Mean training bits/dim over the last epoch."""
-    started_from: dict[str, str] | None = None
-    """Name and id of the model whose weights it began with; None where it began with new ones."""
+    started_from: dict[str, Any] | None = None
+    """Name and id of the model whose weights it began with, and ``training``, its own record, where it has one; None
+    where it began with new ones."""
 
 
 def architecture(flow: FlowConfig) -> str:
@@ -192,7 +194,11 @@ def _data(config: TrainConfig, facts: RunFacts) -> str:
 def _start(facts: RunFacts) -> list[str]:
     if facts.started_from is None:
         return []
-    return [f"- Fine-tuned from {facts.started_from['name']} (`{facts.started_from['model_id']}`)"]
+    start = facts.started_from
+    run = start.get("training", {})
+    known = "steps" in run and "batch_size" in run.get("optimization", {})
+    images = f", which had {run['steps']:,} steps of {run['optimization']['batch_size']} images" if known else ""
+    return [f"- Fine-tuned from {start['name']} (`{start['model_id']}`){images}"]
 
 
 def _discriminative(options: Optimization) -> list[str]:

@@ -1,8 +1,10 @@
-"""Which of the images at hand a bundle was trained on, by the record that training left in it."""
+"""What a bundle was trained on, and by which runs, by the record that training left in it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from model.bundle import Bundle
 from training.checkpoint import data_fingerprint
@@ -42,3 +44,18 @@ def training_split(bundle: Bundle, images: Images) -> TrainingSplit:
             "order and decoded to the same pixels: they have another hash"
         )
     return TrainingSplit(images.part(None, count), images.part(count, None))
+
+
+def training_runs(bundle: Bundle) -> tuple[Mapping[str, Any], ...]:
+    """The records of the runs that made a bundle's weights, the first one first.
+
+    More than one for a model that was fine-tuned. Where the first of them has a ``from``, it began with weights whose
+    own training is not known; empty for a bundle that says nothing.
+    """
+    runs: list[Mapping[str, Any]] = []
+    record: Any = bundle.config.training
+    while isinstance(record, Mapping) and record:
+        runs.insert(0, record)
+        start = record.get("from")
+        record = start.get("training") if isinstance(start, Mapping) else None
+    return tuple(runs)

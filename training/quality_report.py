@@ -14,6 +14,7 @@ from model.images import encode_image, grid
 from training.baselines.equal import Baseline
 from training.evaluate import Estimate, Evaluation, estimate, finite
 from training.frechet import Figure
+from training.provenance import training_runs
 from training.quality import Copying, Distances, Quality
 from training.report import json_number
 from training.report import lines as evaluation_lines
@@ -123,7 +124,7 @@ def _baseline_lines(report: Report) -> list[str]:
     equal = "of equal budget" if others <= ours else "of a larger budget"
     if baseline.images_seen < baseline.model_images:
         equal = "of a smaller budget"
-    earlier = " since it was begun from another" if "from" in report.evaluation.bundle.config.training else ""
+    earlier = " since it was begun from another" if "from" in training_runs(report.evaluation.bundle)[0] else ""
     verdict = f"{abs(difference.mean):.4f} {'more' if difference.mean > 0 else 'less'}"
     return [
         f"baseline {equal}: {theirs.mean:.4f} ± {theirs.standard_error:.4f} bits/dim, {verdict} than the model on the "

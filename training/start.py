@@ -79,6 +79,8 @@ class Start:
         check(config.data.holdout <= most, "data.holdout", config.data.holdout, allowed)
 
     @property
-    def provenance(self) -> dict[str, str]:
-        """What the configuration of the fine-tuned bundle says about it."""
-        return {"name": self.bundle.name, "model_id": self.bundle.model_id}
+    def provenance(self) -> dict[str, Any]:
+        """What the configuration of the fine-tuned bundle says about it: which it was, and how that was trained."""
+        record = self.bundle.config.training
+        known = {"training": record} if record else {}
+        return {"name": self.bundle.name, "model_id": self.bundle.model_id, **known}

@@ -33,8 +33,10 @@ from training.classes import resolve_classes
 from training.config import TrainConfig
 from training.data import Images, load_images
 from training.features import EXTRACTORS, Extractor
+from training.provenance import training_runs
 from training.quality import find_copies, reconstruction_errors
 from training.run import Origin, Run
+from training.start import Start
 
 CPU = torch.device("cpu")
 
@@ -231,6 +233,37 @@ def test_the_baseline_is_trained_as_the_bundle_was(
     write_idx(data, make_images(300, seed=9))
     with pytest.raises(ValueError, match="no baseline of equal budget: the training images here are not"):
         train_baseline(bundle, data, tmp_path / "other", CPU)
+
+
+def test_the_baseline_of_a_fine_tuned_model_has_the_images_of_all_its_runs(
+    bundle: Bundle, config: TrainConfig, data: Path, tmp_path: Path
+) -> None:
+    first, train = bundle.config.training, load_images(data, "train", 8, 1)
+    for number, weight in enumerate((0.0, 2.0)):
+        start = Start(bundle)
+        config = config.with_overrides(
+            holdout=140, epochs=0.5 + number, learning_rate=1e-4, discriminative_weight=weight, wrong_classes=1
+        )
+        resolved, images = resolve_classes(config, train)
+        origin = Origin(command="tarflow train", data_name=data.name)
+        console, out = Console(file=io.StringIO()), tmp_path / f"tuned-{number}"
+        Run(resolved, images, out, CPU, origin=origin, console=console, sample_every=10**6, start=start).execute()
+        bundle = read_bundle(out / "bundle")
+    # Twenty steps from new weights, ten fine-tuned, and thirty fine-tuned again, of eight images each.
+    assert [run["steps"] for run in training_runs(bundle)] == [20, 10, 30]
+    assert "- Fine-tuned from tiny (`sha256:" in bundle.card
+    assert "which had 10 steps of 8 images" in bundle.card
+    baseline = baseline_config(bundle)
+    assert baseline.optimization.learning_rate == first["optimization"]["learning_rate"] != 1e-4
+    assert baseline.optimization.discriminative_weight == 0
+    assert baseline.optimization.warmup_epochs == pytest.approx(3 * first["optimization"]["warmup_epochs"])
+    found = report(bundle, data, tmp_path / "report", "--baseline", samples=40)
+    assert (found["baseline"]["images_seen"], found["baseline"]["model_images_seen"]) == (480, 480)
+    assert "begun from another" not in (tmp_path / "report" / "report.md").read_text()
+    # Where the first weights came from nobody knows.
+    tuned = bundle.config.training
+    unknown = {**tuned, "from": {"name": "other", "model_id": "sha256:0"}}
+    assert training_runs(replace(bundle, config=replace(bundle.config, training=unknown))) == (unknown,)
 
 
 def test_a_bundle_that_does_not_say_how_it_was_trained_has_no_baseline(make_bundle: Callable[..., Bundle]) -> None:

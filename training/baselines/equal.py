@@ -1,7 +1,8 @@
 """The baseline of a bundle: a coupling flow trained on the same images, as many of them, under the same noise.
 
 Batch, schedule, clipping and averaging of the weights are the bundle's too, since the same loop trains both; the
-baseline's width is the largest with which a pass over an image takes no more operations than the bundle's.
+baseline's width is the largest with which a pass over an image takes no more operations than the bundle's. For a model
+that was fine-tuned, the baseline has the recipe of the first run, and the images of all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from training.data import DataError, Images
 from training.evaluate import score_images
 from training.latents import load_bundle_images
 from training.log import RunLog
-from training.provenance import training_split
+from training.provenance import training_runs, training_split
 from training.run import stop_on_signals
 from training.trainer import StepReport, Trainer
 
@@ -61,15 +62,17 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
 
     Raises ``ValueError`` for a bundle that does not say how it was trained.
     """
-    record = bundle.config.training
-    missing = [name for name in ("optimization", "data", "steps") if name not in record]
+    runs = training_runs(bundle) or ({},)
+    missing = [name for name in ("optimization", "data", "steps") if any(name not in run for run in runs)]
     if missing:
         raise ValueError(f"{bundle.name}: does not say how it was trained ({', '.join(missing)}): no equal budget")
+    first, record = runs[0], runs[-1]
     known = {field.name for field in fields(DataOptions)}
     data = DataOptions.from_dict({k: v for k, v in record["data"].items() if k in known})
-    optimization = Optimization.from_dict(record["optimization"])
-    steps = record["steps"] if images is None else max(1, images // optimization.batch_size)
+    optimization = Optimization.from_dict(first["optimization"])
+    steps = max(1, (images_trained_on(bundle) if images is None else images) // optimization.batch_size)
     per_epoch = record["data"]["num_images"] // optimization.batch_size
+    warmup_steps = optimization.warmup_epochs * (first["data"]["num_images"] // optimization.batch_size)
     return TrainConfig(
         name=f"{bundle.name}-coupling",
         flow=bundle.config.flow,
@@ -79,13 +82,20 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
             # A quarter of a step more, so that rounding cannot lose one.
             epochs=(steps + 0.25) / per_epoch,
             # The same share of the run, however long that is.
-            warmup_epochs=optimization.warmup_epochs * steps / record["steps"],
+            warmup_epochs=warmup_steps / first["steps"] * steps / per_epoch,
             precision="float32",
+            # A term for a TarFlow's classes, which are not the baseline's task.
+            discriminative_weight=0.0,
         ),
         data=replace(data, classes_from_data=False),
         class_names=bundle.config.class_names,
         seed=record.get("seed", 0),
     )
+
+
+def images_trained_on(bundle: Bundle) -> int:
+    """Images in the steps of all runs that are known to have made the bundle's weights, repeats included."""
+    return sum(run["steps"] * run["optimization"]["batch_size"] for run in training_runs(bundle))
 
 
 def baseline_width(flow: FlowConfig) -> int:
@@ -154,7 +164,7 @@ def score_baseline(
         num_parameters=sum(p.numel() for p in flow.parameters()),
         flops_per_image=flow.flops_per_image,
         images_seen=trainer.images_seen,
-        model_images=bundle.config.training["steps"] * trainer.config.optimization.batch_size,
+        model_images=images_trained_on(bundle),
         seconds=trainer.seconds,
         bits=score_images(flow, images, noise, conditional=conditional, draws=draws, seed=seed, batch_size=batch_size),
         conditional=conditional,
