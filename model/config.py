@@ -24,6 +24,8 @@ Space = Literal["pixels", "latents"]
 RULES: tuple[str, ...] = get_args(GuidanceRule)
 SCHEDULES: tuple[str, ...] = get_args(GuidanceSchedule)
 TARGETS: tuple[str, ...] = get_args(GuidanceTarget)
+EMBEDDING_STD = 1e-2
+"""Standard deviation of a new block's position and class embeddings."""
 MAX_SEED = 2**53 - 1
 """Largest seed: image i of a request uses seed + i, and JSON numbers are exact up to 2⁵³."""
 

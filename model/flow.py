@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import causal_attention
-from model.config import FlowConfig
+from model.config import EMBEDDING_STD, FlowConfig
 
 NO_CLASS = -1
 """Label of a row without a class; its embedding is the mean of the class embeddings."""
@@ -54,6 +54,18 @@ class LayerNorm(nn.LayerNorm):
         wide = at_least_float32(x)
         weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class WideLinear(nn.Linear):
+    """A linear layer that autocast leaves in its weights' precision: where the flow's values enter and leave a block.
+
+    Just below one bfloat16 has steps of 1/256, half of an 8-bit value's interval: a mean that is rounded so cannot say
+    where in the interval a pixel lies. These products are the smallest of a block.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class Attention(nn.Module):
@@ -133,17 +145,24 @@ class Block(nn.Module):
         self.reverse = bool(number % 2)
         self.volume_preserving = config.volume_preserving
         self.conditioned = config.is_conditioned(number)
-        self.proj_in = nn.Linear(config.patch_dim, config.width)
-        self.position = nn.Parameter(1e-2 * torch.randn(config.num_patches, config.width))
+        self.proj_in = WideLinear(config.patch_dim, config.width)
+        self.position = nn.Parameter(EMBEDDING_STD * torch.randn(config.num_patches, config.width))
         self.class_embedding = (
-            nn.Parameter(1e-2 * torch.randn(config.num_classes, config.width)) if self.conditioned else None
+            nn.Parameter(EMBEDDING_STD * torch.randn(config.num_classes, config.width)) if self.conditioned else None
         )
         # The casts tell the type checker what nn.ModuleList forgets.
         self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(config) for _ in range(config.layer_counts[number])))
         outputs = config.patch_dim if config.volume_preserving else 2 * config.patch_dim
-        self.proj_out = nn.Linear(config.width, outputs)
+        self.proj_out = WideLinear(config.width, outputs)
         # Zero output weights: a new block is the identity map up to its bias.
         nn.init.zeros_(self.proj_out.weight)
+
+    def spread_embeddings(self, std: float) -> None:
+        """Widen or narrow a new block's embeddings to this standard deviation."""
+        with torch.no_grad():
+            self.position.mul_(std / EMBEDDING_STD)
+            if self.class_embedding is not None:
+                self.class_embedding.mul_(std / EMBEDDING_STD)
 
     def class_condition(self, y_B: Tensor | None) -> Tensor | None:
         """Class embeddings as (B, 1, W), or (1, W) when no row has a class, or None where no class enters."""
@@ -164,7 +183,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """α and μ (B, T, D) for all patches of a sequence in block order; zero for the first patch."""
         position_TW = self.position.flip(0) if self.reverse else self.position
-        h_BTW = self.proj_in(x_BTD.to(self.proj_in.weight.dtype)) + position_TW
+        h_BTW = self.proj_in(x_BTD) + position_TW
         condition = self.class_condition(y_B)
         if condition is not None:
             h_BTW = h_BTW + condition

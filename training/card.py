@@ -7,7 +7,7 @@ from typing import Any
 
 from model.codecs.config import CodecConfig
 from model.config import FlowConfig, SamplingDefaults
-from training.config import Optimization, TrainConfig
+from training.config import TrainConfig
 from training.duration import duration
 
 BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
@@ -192,19 +192,26 @@ def _data(config: TrainConfig, facts: RunFacts) -> str:
 
 
 def _start(facts: RunFacts) -> list[str]:
-    if facts.started_from is None:
-        return []
-    start = facts.started_from
-    run = start.get("training", {})
-    known = "steps" in run and "batch_size" in run.get("optimization", {})
-    images = f", which had {run['steps']:,} steps of {run['optimization']['batch_size']} images" if known else ""
-    return [f"- Fine-tuned from {start['name']} (`{start['model_id']}`){images}"]
+    lines: list[str] = []
+    start: Any = facts.started_from
+    # The latest of the runs before this one comes first.
+    while start:
+        run = start.get("training", {})
+        known = "steps" in run and "batch_size" in run.get("optimization", {})
+        images = f", which had {run['steps']:,} steps of {run['optimization']['batch_size']} images" if known else ""
+        data = run.get("data", {}).get("name")
+        source = f" of `{data}`" if known and data else ""
+        how = "That was fine-tuned" if lines else "Fine-tuned"
+        lines.append(f"- {how} from {start['name']} (`{start['model_id']}`){images}{source}")
+        start = run.get("from")
+    return lines
 
 
-def _discriminative(options: Optimization) -> list[str]:
+def _discriminative(config: TrainConfig) -> list[str]:
+    options = config.optimization
     if not options.discriminative_weight:
         return []
-    count = options.wrong_classes
+    count = min(options.wrong_classes, config.flow.num_classes - 1)
     return [
         f"- Loss: −log p(x | y) − {options.discriminative_weight:g}·log p(y | x), the posterior estimated with "
         f"{count} wrong class{'' if count == 1 else 'es'} an image (hybrid objective, arXiv 2001.06448)"
@@ -223,7 +230,7 @@ def _training(config: TrainConfig, facts: RunFacts) -> str:
         f"{options.warmup_epochs:g} epochs of warm-up), batch {options.batch_size}, "
         f"gradient norm clipped at {options.clip_norm:g}, average of the weights with decay "
         f"{options.ema_decay:g}{label_drop}, seed {config.seed}",
-        *_discriminative(options),
+        *_discriminative(config),
         f"- Steps: {facts.step:,}{unfinished} ({facts.images_seen:,} images, "
         f"{facts.images_seen / facts.num_images:.2f} epochs){skipped}",
         f"- Hardware: {facts.hardware}; PyTorch {facts.torch_version}, {_PRECISIONS[facts.precision]}",

@@ -24,7 +24,7 @@ from model.bundle import open_bundle
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
 from training.commands import Device, clear_errors, progress_bar
-from training.config import load_preset, needs_start, preset_names, with_settings
+from training.config import TrainConfig, load_preset, needs_start, preset_names, with_settings
 from training.data_cli import app as data_app
 from training.evaluate_cli import evaluate
 
@@ -117,7 +117,11 @@ def train(
 
             fine_tuned = Start(open_bundle(from_))
         defaults = None if fine_tuned is None else fine_tuned.defaults
-        config = with_settings(load_preset(preset, defaults), settings or ()).with_overrides(**overrides)
+
+        def resolve(defaults: dict[str, Any] | None) -> TrainConfig:
+            return with_settings(load_preset(preset, defaults), settings or ()).with_overrides(**overrides)
+
+        config = resolve(defaults)
         from model.device import resolve_device
         from training.classes import resolve_classes
         from training.latents import encode_once, load_training_images, open_codec
@@ -138,6 +142,10 @@ def train(
             with processes.together(), in_turn:
                 images = load_training_images(data, config, autoencoder, cache, say)
                 config, images = resolve_classes(config, images)
+                if fine_tuned is not None and not fine_tuned.knows(images):
+                    # What a bundle kept out of its own images is no part of other ones.
+                    holdout = resolve({**fine_tuned.defaults, "data": {}}).data.holdout
+                    config = config.with_overrides(holdout=holdout)
                 if autoencoder is not None:
                     images = encode_once(images, autoencoder, out, torch_device)
             run = Run(

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self, get_args
 
 import yaml
 
-from model.config import FlowConfig, NoiseProtocol, Record, SamplingDefaults, check
+from model.config import EMBEDDING_STD, FlowConfig, NoiseProtocol, Record, SamplingDefaults, check
 
 PRESETS = Path(__file__).parent / "presets"
 Precision = Literal["auto", "bf16", "float32"]
@@ -38,6 +38,10 @@ def _check_number(record: Record, name: str, low: float, high: float = math.inf,
 def _check_count(record: Record, name: str, low: int) -> None:
     value = getattr(record, name)
     check(isinstance(value, int) and not isinstance(value, bool) and value >= low, name, value, f"an integer >= {low}")
+
+
+STARTED_FROM = "started_from"
+"""Field of a run's ``config.yaml`` that names the bundle it began with, where it began with one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +68,22 @@ class Optimization(Record):
     """Largest gradient norm; larger gradients are scaled down to it."""
     ema_decay: float = 0.9999
     """Decay of the exponential average of the weights (which is what is served); ramps up from 0."""
+    embedding_std: float = EMBEDDING_STD
+    """Standard deviation that position and class embeddings begin with. The published 0.01 is soon outgrown in a long
+    training; in one of a few thousand steps, embeddings as large as what they are added to learn sooner."""
     label_drop: float = 0.1
     """Probability that a row's class is dropped, which trains the no-class pass that guidance needs."""
     discriminative_weight: float = 0.0
     """β of the loss −log p(x | y) − β·log p(y | x) (:mod:`training.discriminative`); 0 is the published loss."""
     wrong_classes: int = 2
-    """Wrong classes an image whose likelihoods estimate p(y | x), where it is in the loss; each costs a pass."""
+    """Wrong classes an image, or all if there are fewer, whose likelihoods estimate p(y | x) where that is in the loss;
+    each costs a pass."""
     precision: Precision = "auto"
     """``bf16`` autocast, ``float32``, or ``auto``: bf16 where a matrix product in it is measured faster."""
 
     def __post_init__(self) -> None:
         _check_count(self, "batch_size", 1)
-        for name in ("epochs", "learning_rate", "clip_norm"):
+        for name in ("epochs", "learning_rate", "clip_norm", "embedding_std"):
             _check_number(self, name, 0, or_low=False)
         for name in ("final_learning_rate", "warmup_epochs", "weight_decay", "discriminative_weight"):
             _check_number(self, name, 0)
@@ -87,10 +95,12 @@ class Optimization(Record):
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a JSON-ready dictionary."""
         content = super().to_dict()
-        # Left out of the published loss: what was trained before there was another keeps its bytes, and bundles their
+        # Left out of the published recipe: what was trained before there was another keeps its bytes, and bundles their
         # ids.
         if not self.discriminative_weight:
             del content["discriminative_weight"], content["wrong_classes"]
+        if self.embedding_std == EMBEDDING_STD:
+            del content["embedding_std"]
         return content
 
 
@@ -300,8 +310,27 @@ def load_preset(name_or_path: str, defaults: Mapping[str, Any] | None = None) ->
     """
     content = read_preset(name_or_path)
     if isinstance(content, dict):
-        content = {**(defaults or {}), **content}
         preset = _preset_path(name_or_path).stem
+        content = dict(content)
+        start = content.pop(STARTED_FROM, None)
+        check(
+            start is None or defaults is not None,
+            f"preset {preset}: {STARTED_FROM}",
+            start,
+            "none without --from BUNDLE: the run began with these weights",
+        )
+        content = _with_defaults(content, defaults or {})
         for name in ("name", "flow", "noise"):
             check(name in content, f"preset {preset}: {name}", None, "one in its file, or that of --from BUNDLE")
     return TrainConfig.from_dict(content)
+
+
+def _with_defaults(content: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **content}
+    data = content.get("data")
+    if isinstance(data, dict):
+        merged["data"] = {**defaults.get("data", {}), **data}
+        if data.get("classes_from_data") and "class_names" not in content:
+            # The data's: the bundle's must be the same, which is checked when they are known.
+            merged.pop("class_names", None)
+    return merged

@@ -59,14 +59,10 @@ class WrongClasses:
 
 
 def check_wrong_classes(config: TrainConfig) -> None:
-    """Refuse the term where there are no wrong classes, or not so many; raises ``ValueError``."""
-    options, num_classes = config.optimization, config.flow.num_classes
-    if not options.discriminative_weight:
-        return
-    weight, count = options.discriminative_weight, options.wrong_classes
-    check(num_classes > 1, "optimization.discriminative_weight", weight, "0 for a flow with less than two classes")
-    allowed = f"an integer in [1, {num_classes - 1}] for {num_classes} classes"
-    check(count < num_classes, "optimization.wrong_classes", count, allowed)
+    """Refuse the term where there are no wrong classes; raises ``ValueError``."""
+    weight, num_classes = config.optimization.discriminative_weight, config.flow.num_classes
+    fits = not weight or num_classes > 1
+    check(fits, "optimization.discriminative_weight", weight, "0 for a flow with less than two classes")
 
 
 def check_has_likeness(config: TrainConfig, flow: Flow) -> None:
@@ -78,11 +74,13 @@ def check_has_likeness(config: TrainConfig, flow: Flow) -> None:
 
 @torch.no_grad()
 def draw_wrong_classes(flow: Flow, y_B: Tensor, count: int, chance_B: Tensor) -> WrongClasses:
-    """``count`` different wrong classes for each label; one number in [0, 1) an image decides which.
+    """``count`` different wrong classes for each label, or all where there are fewer; one number in [0, 1) an image
+    decides which.
 
     With shards all processes call this together.
     """
     image_L, num_classes = (y_B >= 0).nonzero().squeeze(1), flow.config.num_classes
+    count = min(count, num_classes - 1)
     y_L1 = y_B[image_L, None]
     wrong_LO = (y_L1 + torch.arange(1, num_classes, device=y_B.device)) % num_classes
     pi_LO = inclusion_probabilities(_likeness(flow)[y_L1, wrong_LO], count)

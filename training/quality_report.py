@@ -119,19 +119,22 @@ def _baseline_lines(report: Report) -> list[str]:
         return []
     flow, theirs = report.evaluation.bundle.config.flow, estimate(finite(baseline.bits))
     low, high = difference.interval
-    # On as many images, an operation more per image is a larger budget too: there is a narrowest coupling flow.
-    ours, others = (baseline.model_images, flow.flops_per_image), (baseline.images_seen, baseline.flops_per_image)
-    equal = "of equal budget" if others <= ours else "of a larger budget"
-    if baseline.images_seen < baseline.model_images:
-        equal = "of a smaller budget"
+    ours, others = baseline.model_images * flow.flops_per_image, baseline.images_seen * baseline.flops_per_image
+    if baseline.images_seen >= baseline.model_images and baseline.flops_per_image <= flow.flops_per_image:
+        equal = "of equal budget"
+    else:
+        # It was asked to have fewer images, or the narrowest coupling flow takes more operations than the model.
+        equal = "of a smaller budget" if others < ours else "of a larger budget"
+    extra = baseline.model_passes - baseline.model_images
+    wrong = f" (and {extra:,.0f} again, with wrong classes, for its discriminative loss)" if extra else ""
     earlier = " since it was begun from another" if "from" in training_runs(report.evaluation.bundle)[0] else ""
     verdict = f"{abs(difference.mean):.4f} {'more' if difference.mean > 0 else 'less'}"
     return [
         f"baseline {equal}: {theirs.mean:.4f} ± {theirs.standard_error:.4f} bits/dim, {verdict} than the model on the "
         f"same images under the same noise (95% interval of the difference {low:+.4f} to {high:+.4f}); "
-        f"{baseline.name}, trained on {baseline.images_seen:,} images where the model saw {baseline.model_images:,}"
-        f"{earlier}, {_mflop(baseline.flops_per_image)} an image where the model takes {_mflop(flow.flops_per_image)}, "
-        f"{baseline.num_parameters:,} parameters, {baseline.seconds:.0f} s"
+        f"{baseline.name}, trained on {baseline.images_seen:,} images where the model saw "
+        f"{baseline.model_images:,}{wrong}{earlier}, {_mflop(baseline.flops_per_image)} an image where the model takes "
+        f"{_mflop(flow.flops_per_image)}, {baseline.num_parameters:,} parameters, {baseline.seconds:.0f} s"
     ]
 
 
@@ -277,6 +280,7 @@ def _baseline_json(report: Report) -> dict[str, Any] | None:
         "model_flops_per_image": report.evaluation.bundle.config.flow.flops_per_image,
         "images_seen": baseline.images_seen,
         "model_images_seen": baseline.model_images,
+        "model_passes": baseline.model_passes,
         "seconds": baseline.seconds,
         "conditional": baseline.conditional,
         "not_finite": len(baseline.bits) - len(finite(baseline.bits)),

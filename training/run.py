@@ -27,7 +27,7 @@ from training.card import (
     with_evaluation,
 )
 from training.classes import class_frequencies
-from training.config import TrainConfig
+from training.config import STARTED_FROM, TrainConfig
 from training.data import Images
 from training.hardware import describe_hardware
 from training.log import RunLog, last_epoch_bits_per_dim
@@ -80,6 +80,8 @@ class Run:
     ) -> None:
         """With a ``codec`` the images have its latents in place of their pixels; with a ``start`` it is fine-tuned."""
         self._codec, self._start, self._wants_tensorboard = codec, start, tensorboard
+        if start is not None and (out / BUNDLE).resolve() == start.bundle.path.resolve():
+            raise ValueError(f"out: got {out}, whose bundle the run begins with, allowed is another directory")
         if tensorboard:
             check_installed()
         # What a bundle refuses must not surface only after the first hour.
@@ -108,7 +110,7 @@ class Run:
         if not trainer.processes.is_first:
             with stop_on_signals(trainer):
                 return self._follow()
-        write_config(self._out, self._config)
+        write_config(self._out, self._config, None if self._start is None else self._start.bundle)
         with (
             RunLog(self._out, trainer.step) as log,
             self._tensorboard() as board,
@@ -228,10 +230,15 @@ class Run:
             _carry_over(earlier, bundle)
 
 
-def write_config(directory: Path, config: TrainConfig) -> None:
-    """The resolved configuration as a preset file, from which the same run can be started anywhere."""
-    part = directory / f"{CONFIG}.part"
-    part.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+def write_config(directory: Path, config: TrainConfig, start: Bundle | None) -> None:
+    """The resolved configuration as a preset file, from which the same run can be started anywhere.
+
+    That of a fine-tuned run says so, and is refused without weights to begin with.
+    """
+    part, content = directory / f"{CONFIG}.part", config.to_dict()
+    if start is not None:
+        content[STARTED_FROM] = f"{start.name} ({start.model_id})"
+    part.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     part.replace(directory / CONFIG)
 
 

@@ -41,6 +41,14 @@ class Start:
             "data": data,
         }
 
+    def knows(self, images: Images) -> bool:
+        """Whether these are the training images that the bundle was trained on, with what it kept out."""
+        try:
+            training_split(self.bundle, images)
+        except DataError:
+            return False
+        return True
+
     def check_fits(self, config: TrainConfig) -> None:
         """Refuse weights of another architecture, of other classes or of another space of noise.
 
@@ -51,11 +59,12 @@ class Start:
         there, here = theirs.flow.to_dict(), ours.flow.to_dict()
         for name in sorted(there.keys() | here.keys()):
             of_bundle, allowed = getattr(theirs.flow, name), getattr(ours.flow, name)
+            source = "data" if name == "num_classes" and ours.data.classes_from_data else "preset"
             check(
                 of_bundle == allowed,
                 f"from {self.bundle.name}: flow.{name}",
                 of_bundle,
-                f"{allowed!r}, as in the preset",
+                f"{allowed!r}, as in the {source}",
             )
         space, allowed = theirs.noise.space, ours.noise.space
         check(space == allowed, f"from {self.bundle.name}: noise.space", space, f"{allowed!r}, as in the preset")

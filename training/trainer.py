@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.config import FlowConfig, check
-from model.flow import Flow
+from model.flow import Block, Flow
 from model.likelihood import bits_per_dim, prior_terms
 from model.weights import load_flow
 from training.batches import Batches, Part
@@ -136,6 +136,9 @@ class Trainer:
             raise ProcessError("from: the processes begin with different bundles, allowed is the same for all")
         torch.manual_seed(config.seed)
         self.flow = self._build(config.flow).to(self.device)
+        for module in self.flow.modules():
+            if isinstance(module, Block):
+                module.spread_embeddings(options.embedding_std)
         if start is not None:
             self.flow.load_state_dict(load_flow(start.bundle, self.device).state_dict())
         self.step = self.images_seen = self.skipped_steps = 0

@@ -23,9 +23,12 @@ def with_gradients(y: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> list[Tens
     return [y.detach().float(), *(g.float() for g in torch.autograd.grad((y * weights).sum(), parts))]
 
 
+# Its logits are rounded: where they are large, so is what that costs.
+@pytest.mark.parametrize(("sharpness", "times"), [(1, 2), (3, 15)])
 @pytest.mark.parametrize("T", [1, 2, 49, 130])
-def test_written_out_it_is_as_near_to_the_exact_one_as_torchs_kernel(T: int) -> None:
-    half = inputs(T, torch.bfloat16)
+def test_written_out_it_is_near_to_the_exact_one_beside_torchs_kernel(T: int, sharpness: int, times: int) -> None:
+    q, k, v = inputs(T, torch.bfloat16)
+    half = ((q * sharpness).detach().requires_grad_(), (k * sharpness).detach().requires_grad_(), v)
     wide = tuple(x.detach().double().requires_grad_() for x in half)
     exact = with_gradients(F.scaled_dot_product_attention(*wide, is_causal=True), wide)
     ours = with_gradients(causal_attention(*half, training=True), half)
@@ -33,7 +36,8 @@ def test_written_out_it_is_as_near_to_the_exact_one_as_torchs_kernel(T: int) -> 
     for expected, mine, theirs in zip(exact, ours, kernel, strict=True):
         size = expected.square().mean().sqrt()
         error, error_of_kernel = ((x - expected).square().mean().sqrt() for x in (mine, theirs))
-        assert error <= 2 * error_of_kernel + 1e-3 * size
+        assert error <= times * error_of_kernel + 1e-3 * size
+        assert error <= 0.02 * size
 
 
 def test_no_patch_sees_those_behind_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import FlowConfig
+from model.config import EMBEDDING_STD, FlowConfig
 from model.flow import NO_CLASS, Flow, LayerNorm, patchify, unpatchify
 from model.likelihood import log_likelihood
 
@@ -184,3 +185,29 @@ def test_patches_and_images_are_each_others_inverse(batch: int, channels: int, p
     # Raster order over patches; channel-major, then raster, inside one.
     last = image_BCHW[-1, :, -patch_size:, :patch_size]
     assert torch.equal(patches_BTD[-1, side * (side - 1)], last.reshape(-1))
+
+
+def test_autocast_leaves_the_flows_values_as_they_are() -> None:
+    """An 8-bit value's interval is 1/128 wide, and bfloat16 has steps of 1/256 there."""
+    config = FlowConfig(image_size=4, channels=1, patch_size=2, width=8, num_blocks=1, layers_per_block=1, head_dim=8)
+    block = Flow(config).blocks[0]
+    mean = 0.9937
+    torch.nn.init.constant_(block.proj_out.bias, mean)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_BTD, alpha = block(torch.full((1, config.num_patches, config.patch_dim), mean))
+    assert z_BTD.dtype == alpha.dtype == torch.float32
+    assert z_BTD[:, 1:].abs().max() < 1e-6
+
+
+def test_embeddings_begin_as_wide_as_asked() -> None:
+    config = FlowConfig(image_size=16, channels=1, patch_size=2, width=64, num_blocks=2, layers_per_block=1)
+    flow = Flow(replace(config, num_classes=10))
+    for block in flow.blocks:
+        assert block.class_embedding is not None
+        weights = block.proj_in.weight.clone()
+        for std in (EMBEDDING_STD, 1.0):
+            if std != EMBEDDING_STD:
+                block.spread_embeddings(std)
+            assert block.position.std().item() == pytest.approx(std, rel=0.1)
+            assert block.class_embedding.std().item() == pytest.approx(std, rel=0.1)
+        assert torch.equal(block.proj_in.weight, weights)

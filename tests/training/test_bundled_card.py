@@ -56,12 +56,27 @@ def test_the_card_gives_the_bits_per_dim_of_all_test_images(name: str) -> None:
     card = read_bundle(BUNDLED / name).card
     draws = re.search(r"- Protocol: .* (\d+) noise draws? an image", card)
     assert draws is not None
-    arguments = ["evaluate", name, "--data", str(DATA), "--train-limit", "0", "--draws", draws[1], "--json"]
+    arguments = [
+        "evaluate",
+        name,
+        "--data",
+        str(DATA),
+        "--train-limit",
+        "0",
+        "--draws",
+        draws[1],
+        "--accuracy",
+        "--json",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     [found] = json.loads(result.stdout)["evaluations"]
     stated = re.search(r"Test bits/dim: (\d\.\d+)", card)
     assert stated is not None
+    accuracy = re.search(r"- Bayes accuracy: (\d\d\.\d\d)%", card)
+    assert accuracy is not None
+    # In percent, of as many images as there are.
+    assert 100 * found["bayes_accuracy"]["value"] == pytest.approx(float(accuracy[1]), abs=0.2)
     # Other processors and thread counts round sums differently.
     assert found["bits_per_dim"]["mean"] == pytest.approx(float(stated[1]), abs=2e-4)
     assert found["num_images"] == 10_000

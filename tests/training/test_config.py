@@ -92,6 +92,7 @@ def test_presets_cover_the_published_toy_and_photographs() -> None:
         ("optimization", "learning_rate", 10**400),
         ("optimization", "ema_decay", 1.0),
         ("optimization", "label_drop", -0.1),
+        ("optimization", "embedding_std", 0),
         ("optimization", "discriminative_weight", -1.0),
         ("optimization", "wrong_classes", 0),
         ("optimization", "precision", "float16"),

@@ -214,14 +214,16 @@ def test_the_log_and_the_card_have_it_where_it_is_trained(config: TrainConfig, i
         assert ("discriminative_weight" in bundle.config.training["optimization"]) is (name == "hybrid")
 
 
-@pytest.mark.parametrize("count", [2, 9])
-def test_more_wrong_classes_than_there_are_is_refused(
-    config: TrainConfig, images: Images, tmp_path: Path, count: int
-) -> None:
-    allowed = rf"optimization.wrong_classes: got {count}, allowed is an integer in \[1, 1\] for 2 classes"
-    with pytest.raises(ValueError, match=allowed):
-        Trainer(config.with_overrides(discriminative_weight=1.0, wrong_classes=count), images, tmp_path, CPU)
-    assert not list(tmp_path.iterdir())
+def test_more_wrong_classes_than_there_are_means_all(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    few = train(hybrid(config), images, tmp_path / "few")
+    many = train(hybrid(config).with_overrides(wrong_classes=9), images, tmp_path / "many")
+    assert figures(many) == figures(few)
+    origin, console = Origin(command="tarflow train", data_name="squares"), Console(file=io.StringIO())
+    for count in (1, 9):
+        out, made = tmp_path / f"run-{count}", replace(hybrid(config), class_names=("0", "1"))
+        made = made.with_overrides(wrong_classes=count)
+        Run(made, images, out, CPU, origin=origin, console=console).execute()
+        assert "estimated with 1 wrong class an image" in read_bundle(out / "bundle").card
 
 
 def test_a_flow_without_classes_has_no_posterior(config: TrainConfig, images: Images, tmp_path: Path) -> None:

@@ -27,7 +27,13 @@ from tests.training.test_latents import AUTOENCODER
 from tests.training.test_latents import PRESET as LATENTS
 from training.ablations.measure import Drawn, draw_samples
 from training.baselines.coupling import CouplingFlow
-from training.baselines.equal import baseline_config, train_baseline
+from training.baselines.equal import (
+    LEARNING_RATE,
+    baseline_config,
+    images_trained_on,
+    passes_trained_on,
+    train_baseline,
+)
 from training.card import evaluation_section
 from training.classes import resolve_classes
 from training.config import TrainConfig
@@ -222,7 +228,8 @@ def test_the_baseline_is_trained_as_the_bundle_was(
     config = baseline_config(bundle)
     record = bundle.config.training
     assert config.optimization.batch_size == record["optimization"]["batch_size"]
-    assert config.optimization.learning_rate == record["optimization"]["learning_rate"]
+    # Its own, whatever suits the bundle.
+    assert config.optimization.learning_rate == LEARNING_RATE != record["optimization"]["learning_rate"]
     assert (config.noise, config.data.holdout, config.seed) == (bundle.config.noise, 140, record["seed"])
     assert config.optimization.warmup_epochs == record["optimization"]["warmup_epochs"]
     # On half as many images everything is half as long.
@@ -254,7 +261,7 @@ def test_the_baseline_of_a_fine_tuned_model_has_the_images_of_all_its_runs(
     assert "- Fine-tuned from tiny (`sha256:" in bundle.card
     assert "which had 10 steps of 8 images" in bundle.card
     baseline = baseline_config(bundle)
-    assert baseline.optimization.learning_rate == first["optimization"]["learning_rate"] != 1e-4
+    assert baseline.optimization.learning_rate == LEARNING_RATE
     assert baseline.optimization.discriminative_weight == 0
     assert baseline.optimization.warmup_epochs == pytest.approx(3 * first["optimization"]["warmup_epochs"])
     found = report(bundle, data, tmp_path / "report", "--baseline", samples=40)
@@ -264,6 +271,37 @@ def test_the_baseline_of_a_fine_tuned_model_has_the_images_of_all_its_runs(
     tuned = bundle.config.training
     unknown = {**tuned, "from": {"name": "other", "model_id": "sha256:0"}}
     assert training_runs(replace(bundle, config=replace(bundle.config, training=unknown))) == (unknown,)
+
+
+def test_the_baseline_of_another_training_is_not_continued(bundle: Bundle, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "baseline"
+    train_baseline(bundle, data, out, CPU, images=16)
+    # Its learning rate has ended: it is no shorter part of this one.
+    with pytest.raises(ValueError, match=f"report: {out} has the baseline of another training, .* another --report"):
+        train_baseline(bundle, data, out, CPU, images=32)
+    _, trainer = train_baseline(bundle, data, out, CPU, images=16)
+    assert trainer.step == 2
+
+
+def test_the_baseline_has_not_an_image_less(bundle: Bundle) -> None:
+    record = bundle.config.training
+    few = {**record, "data": {**record["data"], "num_images": 5}, "steps": 7}
+    tuned = replace(bundle, config=replace(bundle.config, training={**few, "from": {"training": record}}))
+    config, images = baseline_config(tuned), (record["steps"] + 7) * record["optimization"]["batch_size"]
+    # The last run's data are no whole batch of the first one's.
+    assert config.optimization.batch_size == 5
+    assert 0 <= round(config.optimization.epochs - 0.25) * 5 - images < 5
+    stopped = {**few, "steps": 0}
+    with pytest.raises(ValueError, match="has a run without any step in its record"):
+        baseline_config(replace(bundle, config=replace(bundle.config, training=stopped)))
+
+
+def test_passes_with_wrong_classes_are_counted(bundle: Bundle) -> None:
+    record, images = bundle.config.training, images_trained_on(bundle)
+    assert passes_trained_on(bundle) == images
+    options = {**record["optimization"], "discriminative_weight": 1.0, "wrong_classes": 3, "label_drop": 0.5}
+    hybrid = replace(bundle, config=replace(bundle.config, training={**record, "optimization": options}))
+    assert passes_trained_on(hybrid) == images * (1 + 3 * 0.5)
 
 
 def test_a_bundle_that_does_not_say_how_it_was_trained_has_no_baseline(make_bundle: Callable[..., Bundle]) -> None:
@@ -299,7 +337,7 @@ def test_a_model_of_latents_is_judged_by_its_images(tmp_path: Path) -> None:
     assert found["autoencoding"]["median"] > 1
     assert (found["baseline"]["images_seen"], found["baseline"]["model_images_seen"]) == (16, 60)
     text = (out / "report.md").read_text()
-    for says in ("no likelihood of pixels", "in the unit of the latents", "of a smaller budget"):
+    for says in ("no likelihood of pixels", "in the unit of the latents", "of a larger budget"):
         assert says in text
     with Image.open(out / "nearest.png") as picture:
         # Twelve pairs of images of 16 pixels, four times as large.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from model.flow import Flow
 from model.weights import load_flow
 from service.cli import app
 from tests.training.conftest import Preset, run_command
-from training.checkpoint import CheckpointError
+from training.checkpoint import CheckpointError, data_fingerprint
 from training.config import DataOptions, TrainConfig, load_preset
-from training.data import Images
+from training.data import DataError, Images
+from training.provenance import training_split
 from training.start import Start
 from training.trainer import Trainer
 
@@ -142,10 +144,97 @@ def test_the_command_takes_from_the_bundle_what_the_preset_leaves_out(
     assert f"- Fine-tuned from squares (`{bundle.model_id}`)" in tuned.card
     assert "tarflow train short.yaml --data squares --out run --from bundle-0 --epochs 1" in tuned.card
     assert str(tmp_path) not in tuned.card
-    # What it resolved to is a preset, with the bundle's weights and without.
-    resolved = load_preset(str(out / "config.yaml"))
+    # What it resolved to is a preset for the bundle's weights, and never one for new ones.
+    resolved = load_preset(str(out / "config.yaml"), Start(bundle).defaults)
     assert (resolved.flow, resolved.noise, resolved.class_names) == (theirs.flow, theirs.noise, theirs.class_names)
-    assert load_preset(str(out / "config.yaml"), Start(bundle).defaults) == resolved
+    started_from = rf"preset config: started_from: got 'squares \({bundle.model_id}\)', allowed is none without --from"
+    with pytest.raises(ValueError, match=started_from):
+        load_preset(str(out / "config.yaml"))
+    again = ("--data", idx_data, "--out", tmp_path / "again", "--from", bundle.path, "--device", "cpu")
+    run_command("train", out / "config.yaml", *again)
+    assert read_bundle(tmp_path / "again" / "bundle").model_id == tuned.model_id
+
+
+def test_a_run_does_not_overwrite_what_it_begins_with(
+    short_preset: Path, idx_data: Path, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "run" / "bundle"
+    shutil.copytree(make_bundle().path, bundle)
+    before = read_bundle(bundle).model_id
+    arguments = ("--data", idx_data, "--out", tmp_path / "run", "--from", bundle, "--device", "cpu")
+    error = run_command("train", short_preset, *arguments, status=2)
+    assert error.startswith(f"Error: out: got {tmp_path / 'run'}, whose bundle the run begins with, allowed is another")
+    assert read_bundle(bundle).model_id == before
+
+
+@pytest.fixture
+def trained(short_preset: Path, idx_data: Path, make_bundle: MakeBundle, tmp_path: Path) -> Path:
+    """A bundle that was trained on its data but for the last four images."""
+    out = tmp_path / "trained"
+    arguments = ("--data", idx_data, "--out", out, "--from", make_bundle().path, "--epochs", 1, "--device", "cpu")
+    run_command("train", short_preset, *arguments, "--set", "holdout=4")
+    return out / "bundle"
+
+
+def test_a_holdout_stays_one_of_its_own_images_only(
+    trained: Path,
+    idx_data: Path,
+    make_images: Callable[..., Images],
+    write_idx: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    flips = tmp_path / "flips.yaml"
+    flips.write_text(yaml.safe_dump({"optimization": {"batch_size": 8, "epochs": 1}, "data": {"flip": True}}))
+    other = write_idx(tmp_path / "other", make_images(seed=3))
+
+    def holdout(data: Path, *settings: str) -> int:
+        out = tmp_path / f"run-{data.name}-{len(settings)}"
+        run_command("train", flips, "--data", data, "--out", out, "--from", trained, "--device", "cpu", *settings)
+        record = read_bundle(out / "bundle").config.training["data"]
+        assert record["flip"]
+        return int(record["holdout"])
+
+    assert holdout(idx_data) == 4
+    assert holdout(other) == 0
+    assert holdout(other, "--set", "holdout=3") == 3
+
+
+def test_classes_that_come_from_the_data_must_be_the_bundles(
+    preset: Preset, trained: Path, idx_data: Path, tmp_path: Path
+) -> None:
+    content = {**preset, "data": {"classes_from_data": True}}
+    content["flow"] = {key: value for key, value in content["flow"].items() if key != "num_classes"}
+    content.pop("class_names", None)
+    path = tmp_path / "from-data.yaml"
+    path.write_text(yaml.safe_dump(content))
+    arguments = ("--data", idx_data, "--from", trained, "--device", "cpu", "--epochs", 1)
+    run_command("train", path, *arguments, "--out", tmp_path / "run")
+    assert read_bundle(tmp_path / "run" / "bundle").config.class_names == ("0", "1")
+
+
+def test_no_run_has_seen_what_is_called_kept_out(
+    config: TrainConfig, images: Images, make_images: Callable[..., Images], make_bundle: MakeBundle
+) -> None:
+    first = make_bundle(images.part(None, 42))
+    earlier = first.config.training
+    other = make_images(seed=3)
+    record = {
+        **earlier,
+        "data": {**earlier["data"], "num_images": 40, "sha256": data_fingerprint(other.part(None, 40))},
+    }
+    tuned = replace(first, config=replace(first.config, training={**record, "from": {"training": earlier}}))
+    # What a run before the last one was trained on is not new, and still its own data.
+    assert len(training_split(tuned, images).kept_out) == len(images) - 42
+    assert len(training_split(tuned, other).kept_out) == len(other) - 40
+    # A third run on fewer of the first one's images makes none of them new.
+    fewer = {**earlier["data"], "num_images": 30, "sha256": data_fingerprint(images.part(None, 30))}
+    again = {**earlier, "data": fewer, "from": {"training": dict(tuned.config.training)}}
+    thrice = replace(first, config=replace(first.config, training=again))
+    assert len(training_split(thrice, images).trained_on) == 42
+    with pytest.raises(ValueError, match="was trained on the other 42 of these images"):
+        Start(thrice).check_holdout(config.with_overrides(holdout=4), images)
+    with pytest.raises(DataError, match="not the ones it was trained on"):
+        training_split(thrice, images.part(1, None))
 
 
 def test_what_was_kept_out_stays_so(make_bundle: MakeBundle) -> None:
@@ -170,11 +259,14 @@ def test_a_bundle_that_is_none_is_refused(preset_file: Path, idx_data: Path, tmp
 
 
 @pytest.mark.parametrize("name", ["fine-tune", "hybrid"])
-def test_the_presets_fit_the_bundled_model(make_bundle: MakeBundle, name: str) -> None:
+def test_the_presets_fit_any_bundle_with_classes(
+    images: Images, make_bundle: MakeBundle, tmp_path: Path, name: str
+) -> None:
     start = Start(make_bundle())
-    config = load_preset(name, start.defaults)
-    start.check_fits(config)
-    assert config.flow == start.bundle.config.flow
+    config = load_preset(name, start.defaults).with_overrides(batch_size=8, epochs=0.5)
+    trainer = Trainer(config, images, tmp_path, CPU, start=start)
+    assert trainer.run(lambda report: None)
+    assert trainer.skipped_steps == 0
 
 
 def tarflow(*words: object) -> str:

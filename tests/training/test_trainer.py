@@ -118,6 +118,16 @@ def test_other_training_leaves_the_prior_alone(config: TrainConfig, images: Imag
     assert torch.equal(trainer.flow.prior_variance, torch.ones_like(trainer.flow.prior_variance))
 
 
+def test_embeddings_begin_as_the_recipe_says(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    published = Trainer(config, images, tmp_path / "published", CPU).flow
+    wide = Trainer(config.with_overrides(embedding_std=1.0), images, tmp_path / "wide", CPU).flow
+    for name, value in published.state_dict().items():
+        times = 100 if name.endswith(("position", "class_embedding")) else 1
+        torch.testing.assert_close(wide.state_dict()[name], times * value)
+    # What was trained before one could choose keeps its configuration's bytes.
+    assert "embedding_std" not in config.to_dict()["optimization"]
+
+
 def test_the_holdout_is_never_seen(config: TrainConfig, images: Images, tmp_path: Path) -> None:
     changed = Images(images.pixels.copy(), images.labels)
     changed.pixels[-config.data.holdout :] = 255

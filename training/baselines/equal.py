@@ -1,12 +1,14 @@
 """The baseline of a bundle: a coupling flow trained on the same images, as many of them, under the same noise.
 
-Batch, schedule, clipping and averaging of the weights are the bundle's too, since the same loop trains both; the
-baseline's width is the largest with which a pass over an image takes no more operations than the bundle's. For a model
-that was fine-tuned, the baseline has the recipe of the first run, and the images of all.
+Batch, schedule, clipping and averaging of the weights are the bundle's too, since the same loop trains both. The
+baseline's width is the largest with which a pass over an image takes no more operations than the bundle's, and its
+learning rate is its own: what suits a transformer is no budget. For a model that was fine-tuned, the baseline has the
+recipe of the first run, and the images of all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,20 +18,23 @@ import torch
 from numpy.typing import NDArray
 
 from model.bundle import Bundle
-from model.config import FlowConfig
+from model.config import EMBEDDING_STD, FlowConfig
 from model.flow import patchify
 from model.likelihood import add_noise, centre_draw
 from training.baselines.coupling import CouplingFlow, coupling_builder, matched_width
+from training.checkpoint import load_checkpoint
 from training.classes import match_labels
 from training.config import DataOptions, Optimization, TrainConfig
 from training.data import DataError, Images
 from training.evaluate import score_images
 from training.latents import load_bundle_images
 from training.log import RunLog
-from training.provenance import training_runs, training_split
+from training.provenance import check_images_of_last_run, training_runs
 from training.run import stop_on_signals
 from training.trainer import StepReport, Trainer
 
+LEARNING_RATE = 1e-3
+"""That of Glow (arXiv 1807.03039), whose couplings and normalizations these are."""
 FIRST_IMAGES = 256
 """Images that the normalizations start from."""
 
@@ -50,6 +55,8 @@ class Baseline:
     """Images trained on, repeats included."""
     model_images: int
     """Images that the bundle was trained on."""
+    model_passes: float
+    """Images that went through the bundle's flow in training: with the discriminative term again with wrong classes."""
     seconds: float
     """Time in training steps."""
     bits: NDArray[np.float64]
@@ -66,12 +73,17 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
     missing = [name for name in ("optimization", "data", "steps") if any(name not in run for run in runs)]
     if missing:
         raise ValueError(f"{bundle.name}: does not say how it was trained ({', '.join(missing)}): no equal budget")
+    if not all(run["steps"] for run in runs):
+        raise ValueError(f"{bundle.name}: has a run without any step in its record: no equal budget")
     first, record = runs[0], runs[-1]
     known = {field.name for field in fields(DataOptions)}
     data = DataOptions.from_dict({k: v for k, v in record["data"].items() if k in known})
     optimization = Optimization.from_dict(first["optimization"])
-    steps = max(1, (images_trained_on(bundle) if images is None else images) // optimization.batch_size)
-    per_epoch = record["data"]["num_images"] // optimization.batch_size
+    # Where the last run had fewer images than a batch of the first one, they are the batch.
+    batch_size = min(optimization.batch_size, record["data"]["num_images"])
+    # Rounded up: the baseline never has an image less.
+    steps = math.ceil((images_trained_on(bundle) if images is None else images) / batch_size)
+    per_epoch = record["data"]["num_images"] // batch_size
     warmup_steps = optimization.warmup_epochs * (first["data"]["num_images"] // optimization.batch_size)
     return TrainConfig(
         name=f"{bundle.name}-coupling",
@@ -79,13 +91,16 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
         noise=bundle.config.noise,
         optimization=replace(
             optimization,
+            batch_size=batch_size,
+            learning_rate=LEARNING_RATE,
             # A quarter of a step more, so that rounding cannot lose one.
             epochs=(steps + 0.25) / per_epoch,
             # The same share of the run, however long that is.
             warmup_epochs=warmup_steps / first["steps"] * steps / per_epoch,
             precision="float32",
-            # A term for a TarFlow's classes, which are not the baseline's task.
+            # A term for a TarFlow's classes, which are not the baseline's task; nor has it embeddings.
             discriminative_weight=0.0,
+            embedding_std=EMBEDDING_STD,
         ),
         data=replace(data, classes_from_data=False),
         class_names=bundle.config.class_names,
@@ -96,6 +111,16 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
 def images_trained_on(bundle: Bundle) -> int:
     """Images in the steps of all runs that are known to have made the bundle's weights, repeats included."""
     return sum(run["steps"] * run["optimization"]["batch_size"] for run in training_runs(bundle))
+
+
+def passes_trained_on(bundle: Bundle) -> float:
+    """Images that went through the flow in the steps of all runs, again with their wrong classes, on average."""
+    passes = 0.0
+    for run in training_runs(bundle):
+        options = Optimization.from_dict(run["optimization"])
+        wrong = options.wrong_classes * (1 - options.label_drop) if options.discriminative_weight else 0.0
+        passes += run["steps"] * options.batch_size * (1 + wrong)
+    return passes
 
 
 def baseline_width(flow: FlowConfig) -> int:
@@ -117,19 +142,21 @@ def train_baseline(
 ) -> tuple[CouplingFlow, Trainer]:
     """Train the baseline of a bundle, or continue its run in ``out``.
 
-    Raises ``ValueError`` for a bundle or data that it cannot be trained on, :class:`Stopped` when a signal asked so.
+    Raises ``ValueError`` for a bundle or data that it cannot be trained on, or where ``out`` has another baseline;
+    :class:`Stopped` when a signal asked so.
     """
     config = baseline_config(bundle, images)
     train = load_bundle_images(bundle, data, "train", device)
     if config.flow.num_classes:
         train = match_labels(train, config.class_names, bundle.name)
     try:
-        training_split(bundle, train)
+        check_images_of_last_run(bundle, train)
     except DataError as error:
         raise DataError(f"no baseline of equal budget: {error}") from error
     first = torch.from_numpy(train.pixels[:FIRST_IMAGES].copy())
     x_BTD = patchify(add_noise(first, config.noise, centre_draw(config.noise.kind)), config.flow.patch_size)
     build = coupling_builder(baseline_width(config.flow), x_BTD)
+    _check_continues(out, config)
     trainer = Trainer(config, train, out, device, build)
     if trainer.step < trainer.total_steps:
         with RunLog(out, trainer.step) as log, stop_on_signals(trainer):
@@ -144,6 +171,16 @@ def train_baseline(
     if not isinstance(flow, CouplingFlow):
         raise TypeError(f"got {type(flow).__name__}, where a coupling flow was built")
     return flow, trainer
+
+
+def _check_continues(out: Path, config: TrainConfig) -> None:
+    """Refuse a directory with the baseline of another training, even one that was only shorter: its schedule ended."""
+    state = load_checkpoint(out)
+    if state is not None and state.config != config:
+        raise ValueError(
+            f"report: {out} has the baseline of another training, allowed is one of {config.optimization.epochs:.4g} "
+            f"epochs of the same recipe; choose another --report, or remove {out}"
+        )
 
 
 def score_baseline(
@@ -165,6 +202,7 @@ def score_baseline(
         flops_per_image=flow.flops_per_image,
         images_seen=trainer.images_seen,
         model_images=images_trained_on(bundle),
+        model_passes=passes_trained_on(bundle),
         seconds=trainer.seconds,
         bits=score_images(flow, images, noise, conditional=conditional, draws=draws, seed=seed, batch_size=batch_size),
         conditional=conditional,
