@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+
+
+SECONDS_PER_LINE = 30.0
 
 
 class ToldElsewhere(ValueError):
@@ -52,9 +55,37 @@ def _fail(message: str, status: int) -> None:
     raise typer.Exit(status)
 
 
+class PlainProgress(Progress):
+    """The same where there is no terminal: a line on stderr every :data:`SECONDS_PER_LINE`, for whoever reads a log."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console=console, disable=True)
+        self._last_line = time.monotonic()
+
+    def update(self, task_id: TaskID, *args: Any, **kwargs: Any) -> None:
+        """As that of ``Progress``; prints a line where one is due."""
+        super().update(task_id, *args, **kwargs)
+        self._tell(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As that of ``Progress``; prints a line where one is due."""
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        if time.monotonic() - self._last_line < SECONDS_PER_LINE:
+            return
+        self._last_line = time.monotonic()
+        task = self._tasks[task_id]
+        # A task of unknown length is told by its description alone.
+        count = "" if task.total is None else f": {task.completed:,.0f} of {task.total:,.0f}"
+        self.console.print(f"{task.description}{count}", markup=False, highlight=False, soft_wrap=True)
+
+
 def progress_bar() -> Progress:
-    """A bar on a terminal's stderr, so that stdout holds the results alone."""
-    return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    """A bar on a terminal's stderr, lines elsewhere; stdout holds the results alone."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True) if console.is_terminal else PlainProgress(console)
 
 
 def show_progress(progress: Progress, task: TaskID, done: int, total: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
+from training.commands import PlainProgress, progress_bar
 from training.duration import duration
 from training.progress import ProgressDisplay
 from training.trainer import StepReport
@@ -65,3 +67,27 @@ def test_skipped_steps_are_shown() -> None:
 
 def test_duration() -> None:
     assert [duration(s) for s in (0, 59.6, 3661)] == ["0:00:00", "0:01:00", "1:01:01"]
+
+
+def test_other_commands_tell_how_far_they_are_without_a_terminal_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("training.commands.SECONDS_PER_LINE", -1.0)
+    progress = progress_bar()
+    assert isinstance(progress, PlainProgress)
+    with progress:
+        images, unknown = progress.add_task("tiny", total=None), progress.add_task("warming up", total=None)
+        progress.update(images, completed=1280, total=10_000)
+        progress.advance(images, 20)
+        progress.update(unknown, description="now [this]")
+    streams = capsys.readouterr()
+    assert streams.err.splitlines() == ["tiny: 1,280 of 10,000", "tiny: 1,300 of 10,000", "now [this]"]
+    assert streams.out == ""
+
+
+def test_lines_are_rare(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar() as progress:
+        task = progress.add_task("tiny", total=100)
+        for _ in range(100):
+            progress.advance(task)
+    assert capsys.readouterr().err == ""
