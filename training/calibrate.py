@@ -24,7 +24,7 @@ from model.bundle import NAMES, Bundle, is_name
 from model.config import NoiseProtocol
 from model.flow import Flow
 from model.weights import load_flow
-from training.data import DataError, Images, load_images
+from training.data import DataError, Images, data_name, load_images
 from training.provenance import training_split
 
 DEFAULT_NAME = "default"
@@ -153,7 +153,7 @@ def normal_images(bundle: Bundle, data: Path, options: CalibrateOptions) -> Norm
         split_sizes(len(images))
     except ValueError as error:
         raise ValueError(f"{error} ({notices[-1]})" if copies else str(error)) from error
-    return NormalImages(images, f"{data.resolve().name}, {source}", tuple(notices))
+    return NormalImages(images, f"{data_name(data)}, {source}", tuple(notices))
 
 
 def all_statistics(

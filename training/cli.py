@@ -124,6 +124,7 @@ def train(
         config = resolve(defaults)
         from model.device import resolve_device
         from training.classes import resolve_classes
+        from training.data import data_name
         from training.latents import encode_once, load_training_images, open_codec
         from training.processes import joined, local_device
         from training.run import Origin, Run
@@ -131,8 +132,8 @@ def train(
         torch_device = local_device(resolve_device(device))
         autoencoder = open_codec(config, codec)
         origin = Origin(
-            command=_command(preset, data, out, from_, codec, overrides, settings or ()),
-            data_name=data.resolve().name,
+            command=_command(preset, data_name(data), out, from_, codec, overrides, settings or ()),
+            data_name=data_name(data),
         )
         with joined(torch_device) as processes:
             say: Callable[[str], None] = typer.echo if processes.is_first else _silent
@@ -179,7 +180,7 @@ def _silent(text: str) -> None:
 
 def _command(
     preset: str,
-    data: Path,
+    data: str,
     out: Path,
     start: str | None,
     codec: Path | None,
@@ -187,7 +188,7 @@ def _command(
     settings: Sequence[str],
 ) -> str:
     """The command that repeats a run, with the last names of its paths."""
-    words = ["tarflow", "train", Path(preset).name, "--data", data.resolve().name, "--out", out.resolve().name]
+    words = ["tarflow", "train", Path(preset).name, "--data", data, "--out", out.resolve().name]
     words += [] if start is None else ["--from", Path(start).name]
     words += [] if codec is None else ["--codec", codec.resolve().name]
     for key, value in overrides.items():

@@ -190,6 +190,11 @@ def load_images(
     return _load_folders(directory, split, image_size, channels, cache, say)
 
 
+def data_name(directory: Path) -> str:
+    """What cards and reports call the data: the directory's last name, a hub's data set with all of its own."""
+    return str(directory) if huggingface.is_on_hub(directory) else directory.resolve().name
+
+
 def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of the images in one epoch, a function of (seed, epoch) alone."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_images)

@@ -25,7 +25,7 @@ from model.likelihood import bits_per_dim, combine_draws, log_likelihood
 from model.weights import load_flow
 from training.accuracy import Z_95, Accuracy, recognize_images
 from training.classes import match_labels
-from training.data import DataError, Images, epoch_order
+from training.data import DataError, Images, data_name, epoch_order
 from training.latents import load_bundle_images
 from training.noisy import noisy_batches
 from training.provenance import training_split
@@ -232,7 +232,7 @@ def evaluate_bundle(
 
     return Evaluation(
         bundle=bundle,
-        data_name=data.resolve().name,
+        data_name=data_name(data),
         options=options,
         conditional=conditional,
         bits=score(images),

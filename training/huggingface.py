@@ -23,9 +23,14 @@ SAVED = ("dataset_dict.json", "state.json")
 SPLITS = {"train": ("train",), "test": ("test", "validation")}
 
 
+def is_on_hub(directory: Path) -> bool:
+    """Whether ``--data`` names a data set on the hub, and no directory."""
+    return str(directory).startswith(HUB)
+
+
 def is_dataset(directory: Path) -> bool:
     """Whether ``--data`` names a data set that is read by ``datasets``."""
-    return str(directory).startswith(HUB) or any((directory / name).is_file() for name in SAVED)
+    return is_on_hub(directory) or any((directory / name).is_file() for name in SAVED)
 
 
 def open_source(directory: Path, split: str) -> Source:
@@ -67,7 +72,7 @@ def _split(directory: Path, split: str) -> Any:
     name = str(directory)
     try:
         # In files, not in memory: the cache of decoded images knows a data set by its files.
-        if name.startswith(HUB):
+        if is_on_hub(directory):
             found = datasets.load_dataset(name.removeprefix(HUB), keep_in_memory=False)
         else:
             found = datasets.load_from_disk(name, keep_in_memory=False)

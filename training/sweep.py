@@ -28,7 +28,7 @@ from model.sampling.rows import finish, make_rows
 from model.sampling.sampler import Sampler
 from model.weights import load_flow
 from training.classes import match_labels
-from training.data import DataError, Images, epoch_order, load_images
+from training.data import DataError, Images, data_name, epoch_order, load_images
 from training.features import Extractor, load_extractor
 from training.frechet import COMPONENTS, Figure, Moments, Reference
 from training.sweep_grid import DEFAULT_GRIDS, Grid, Mode, mode_settings
@@ -299,7 +299,7 @@ def run_sweep(
         text = f"{result.mode}, fresh seeds"
         modes[i] = replace(result, confirmations=_confirm(bench, result, shared, fresh))
     on_progress("done", total, total)
-    return Sweep(bundle=bundle, data_name=data.resolve().name, options=options, reference=reference, modes=tuple(modes))
+    return Sweep(bundle=bundle, data_name=data_name(data), options=options, reference=reference, modes=tuple(modes))
 
 
 def _confirm(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.training.conftest import run_command
-from training.data import DataError, load_images
+from training.data import DataError, data_name, load_images
 
 CLASSES = ["cat", "dog"]
 
@@ -110,3 +110,9 @@ def test_without_the_library_it_says_what_to_install(saved: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert "pip install 'tarflow[huggingface]'" in done.stderr
+
+
+def test_a_data_set_on_the_hub_keeps_its_whole_name(tmp_path: Path) -> None:
+    """In cards and in the command that repeats a run; a directory is called by its last name only."""
+    assert data_name(Path("hf:owner/clothes")) == "hf:owner/clothes"
+    assert data_name(tmp_path / "clothes" / ".") == "clothes"

@@ -45,7 +45,7 @@ def ablate(
         from training.ablations.report import loss_plot, markdown, spearman, to_json
         from training.ablations.run import Ablation, AblationOptions, Stopped, run_ablation
         from training.classes import class_names, match_labels
-        from training.data import load_images
+        from training.data import data_name, load_images
 
         options = AblationOptions(
             scale=Scale(
@@ -79,7 +79,7 @@ def ablate(
             typer.echo(text, err=as_json)
 
         try:
-            ablation = run_ablation(data.resolve().name, train, test, out, options, resolve_device(device), say, write)
+            ablation = run_ablation(data_name(data), train, test, out, options, resolve_device(device), say, write)
         except Stopped:
             say("stopped, checkpoint written; the same command continues the ablation")
             return
