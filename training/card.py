@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.codecs.config import CodecConfig
-from model.config import FlowConfig, SamplingDefaults
+from model.config import EMBEDDING_STD, FlowConfig, SamplingDefaults
 from training.config import TrainConfig
 from training.duration import duration
 
@@ -221,6 +221,9 @@ def _discriminative(config: TrainConfig) -> list[str]:
 def _training(config: TrainConfig, facts: RunFacts) -> str:
     options = config.optimization
     label_drop = f", label drop {options.label_drop:g}" if config.flow.num_classes else ""
+    # What embeddings begin with counts where they begin; the published width is not worth a word.
+    begins_wide = not facts.started_from and options.embedding_std != EMBEDDING_STD
+    embeddings = f", embeddings of standard deviation {options.embedding_std:g} at first" if begins_wide else ""
     unfinished = "" if facts.step >= facts.total_steps else f" of {facts.total_steps:,}: not finished"
     skipped = f"; {facts.skipped_steps} skipped as not finite" if facts.skipped_steps else ""
     lines = [
@@ -229,7 +232,7 @@ def _training(config: TrainConfig, facts: RunFacts) -> str:
         f"learning rate {options.learning_rate:g} to {options.final_learning_rate:g} (cosine, "
         f"{options.warmup_epochs:g} epochs of warm-up), batch {options.batch_size}, "
         f"gradient norm clipped at {options.clip_norm:g}, average of the weights with decay "
-        f"{options.ema_decay:g}{label_drop}, seed {config.seed}",
+        f"{options.ema_decay:g}{label_drop}{embeddings}, seed {config.seed}",
         *_discriminative(config),
         f"- Steps: {facts.step:,}{unfinished} ({facts.images_seen:,} images, "
         f"{facts.images_seen / facts.num_images:.2f} epochs){skipped}",

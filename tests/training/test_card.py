@@ -63,6 +63,15 @@ def test_a_card_says_what_a_person_asks(config: TrainConfig) -> None:
     assert "skipped" not in card
 
 
+def test_wide_embeddings_are_told_where_they_begin(config: TrainConfig) -> None:
+    wide = replace(config, optimization=replace(config.optimization, embedding_std=1.0))
+    told = "embeddings of standard deviation 1 at first"
+    assert told in render_card(wide, FACTS)
+    assert told not in render_card(config, FACTS)
+    # A fine-tuned model's are those of the model that it began with.
+    assert told not in render_card(wide, replace(FACTS, started_from={"name": "tiny", "model_id": "sha256:0"}))
+
+
 def test_an_unfinished_run_says_so(config: TrainConfig) -> None:
     card = render_card(config, replace(FACTS, total_steps=1500, skipped_steps=3, bits_per_dim=None))
     assert "15 of 1,500: not finished" in card
