@@ -224,12 +224,19 @@ def _training(config: TrainConfig, facts: RunFacts) -> str:
     # What embeddings begin with counts where they begin; the published width is not worth a word.
     begins_wide = not facts.started_from and options.embedding_std != EMBEDDING_STD
     embeddings = f", embeddings of standard deviation {options.embedding_std:g} at first" if begins_wide else ""
+    muon = ""
+    if options.optimizer == "muon":
+        ratio = options.muon_learning_rate / options.learning_rate
+        muon = (
+            f", Muon ({options.muon_momentum:g}) for the matrices of the layers with "
+            f"{options.muon_learning_rate:g} to {options.final_learning_rate * ratio:.3g}"
+        )
     unfinished = "" if facts.step >= facts.total_steps else f" of {facts.total_steps:,}: not finished"
     skipped = f"; {facts.skipped_steps} skipped as not finite" if facts.skipped_steps else ""
     lines = [
         *_start(facts),
         f"- Recipe: AdamW ({options.beta1:g}, {options.beta2:g}), weight decay {options.weight_decay:g}, "
-        f"learning rate {options.learning_rate:g} to {options.final_learning_rate:g} (cosine, "
+        f"learning rate {options.learning_rate:g} to {options.final_learning_rate:g}{muon} (cosine, "
         f"{options.warmup_epochs:g} epochs of warm-up), batch {options.batch_size}, "
         f"gradient norm clipped at {options.clip_norm:g}, average of the weights with decay "
         f"{options.ema_decay:g}{label_drop}{embeddings}, seed {config.seed}",

@@ -102,8 +102,8 @@ def load_checkpoint(directory: Path) -> TrainState | None:
 def check_space(directory: Path, module: nn.Module) -> None:
     """Refuse a run whose files its disk cannot hold; raises ``ValueError`` that says how much they take.
 
-    A checkpoint has four copies of the weights (their average, and two of AdamW's), and is written beside the last one;
-    the bundle has one. What a run that is continued has of them takes its room already.
+    A checkpoint has four copies of the weights (their average, and two of AdamW's; Muon has one of its own), and is
+    written beside the last one; the bundle has one. What a run that is continued has of them takes its room already.
     """
     weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     last, part = (directory / name for name in (FILE_NAME, f"{FILE_NAME}.part"))

@@ -22,6 +22,7 @@ from model.config import EMBEDDING_STD, FlowConfig, NoiseProtocol, Record, Sampl
 
 PRESETS = Path(__file__).parent / "presets"
 Precision = Literal["auto", "bf16", "float32"]
+OptimizerName = Literal["adamw", "muon"]
 LARGEST = sys.float_info.max
 
 
@@ -46,7 +47,7 @@ STARTED_FROM = "started_from"
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization(Record):
-    """AdamW with linear warm-up, cosine decay, gradient clipping and an average of the weights (EMA)."""
+    """An optimizer with linear warm-up, cosine decay, gradient clipping and an average of the weights (EMA)."""
 
     batch_size: int = 256
     """Images per step."""
@@ -60,6 +61,12 @@ class Optimization(Record):
     """Epochs of linear warm-up."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
+    optimizer: OptimizerName = "adamw"
+    """``adamw``, as published, for all weights, or ``muon`` for the matrices of the layers and AdamW for the rest."""
+    muon_learning_rate: float = 2.5e-3
+    """Peak learning rate of what Muon trains; its steps are as large as AdamW's would be at the same rate."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the gradient's average."""
     beta1: float = 0.9
     """AdamW's decay of the gradient's average."""
     beta2: float = 0.95
@@ -83,14 +90,16 @@ class Optimization(Record):
 
     def __post_init__(self) -> None:
         _check_count(self, "batch_size", 1)
-        for name in ("epochs", "learning_rate", "clip_norm", "embedding_std"):
+        for name in ("epochs", "learning_rate", "muon_learning_rate", "clip_norm", "embedding_std"):
             _check_number(self, name, 0, or_low=False)
         for name in ("final_learning_rate", "warmup_epochs", "weight_decay", "discriminative_weight"):
             _check_number(self, name, 0)
         _check_count(self, "wrong_classes", 1)
-        for name in ("beta1", "beta2", "ema_decay", "label_drop"):
+        for name in ("muon_momentum", "beta1", "beta2", "ema_decay", "label_drop"):
             _check_number(self, name, 0, 1)
-        check(self.precision in get_args(Precision), "precision", self.precision, ", ".join(get_args(Precision)))
+        for name, choices in (("optimizer", OptimizerName), ("precision", Precision)):
+            allowed, value = get_args(choices), getattr(self, name)
+            check(value in allowed, name, value, ", ".join(allowed))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a JSON-ready dictionary."""
@@ -101,6 +110,8 @@ class Optimization(Record):
             del content["discriminative_weight"], content["wrong_classes"]
         if self.embedding_std == EMBEDDING_STD:
             del content["embedding_std"]
+        if self.optimizer == "adamw":
+            del content["optimizer"], content["muon_learning_rate"], content["muon_momentum"]
         return content
 
 

@@ -34,9 +34,9 @@ from training.config import TrainConfig
 from training.data import Images
 from training.discriminative import check_has_likeness, check_wrong_classes, draw_wrong_classes
 from training.execution import check_compiler, part_of_batch, prepare
-from training.optimizer import WeightAverage, bf16_is_faster, learning_rate
+from training.optimizer import Optimizer, WeightAverage, bf16_is_faster, check_optimizer, learning_rate
 from training.processes import ALONE, ProcessError, Processes
-from training.sharding import gathered, placed, placed_optimizer, whole
+from training.sharding import gathered, placed, whole
 from training.start import Start
 
 MAX_SKIPPED_IN_A_ROW = 50
@@ -115,6 +115,7 @@ class Trainer:
             f"{config.execution.accumulation})",
         )
         check_compiler(config.execution)
+        check_optimizer(options)
         self.data_sha256 = data_fingerprint(self.images)
         check_wrong_classes(config)
         if start is not None:
@@ -159,13 +160,7 @@ class Trainer:
             self.flow.load_state_dict(state.model)
         # Whatever the weights begin with, they have it before they are spread over the processes.
         self._model = prepare(self.flow, config.execution, self.device, processes)
-        self.optimizer = torch.optim.AdamW(
-            self.flow.parameters(),
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
+        self.optimizer = Optimizer(self.flow, options)
         self.average = WeightAverage(self.flow, options.ema_decay)
         if state is None:
             bf16 = bf16_is_faster(self.device) if options.precision == "auto" else options.precision == "bf16"
@@ -175,7 +170,7 @@ class Trainer:
             self._restore(state)
 
     def _restore(self, state: TrainState) -> None:
-        self.optimizer.load_state_dict(placed_optimizer(state.optimizer, self.optimizer))
+        self.optimizer.load_state_dict(state.optimizer)
         self.average.tensors = {k: placed(state.average[k], like) for k, like in self.average.tensors.items()}
         self.average.updates = state.average_updates
         self.step, self.images_seen, self.seconds = state.step, state.images_seen, state.seconds
@@ -262,7 +257,7 @@ class Trainer:
         """
         figures = torch.zeros(3, device=self.device)
         square_TD = torch.zeros_like(self.flow.prior_variance)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         parts = self.batches.parts(self.step)
         labelled = self._labelled(parts) if self.config.optimization.discriminative_weight else None
         for number, part in enumerate(parts):
@@ -280,13 +275,11 @@ class Trainer:
         options = self.config.optimization
         warmup_steps = round(options.warmup_epochs * self.steps_per_epoch)
         rate = learning_rate(self.step, self.total_steps, warmup_steps, options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss, bits, label_nats, square_TD = self._gradient()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm)).item()
         # All processes have the same norm and loss, and so come to the same end.
         if math.isfinite(norm) and math.isfinite(loss):
-            self.optimizer.step()
+            self.optimizer.step(rate)
             if self.config.flow.volume_preserving:
                 with torch.no_grad():
                     self.flow.prior_variance.lerp_(self.processes.mean(square_TD), PRIOR_RATE)

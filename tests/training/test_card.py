@@ -72,6 +72,13 @@ def test_wide_embeddings_are_told_where_they_begin(config: TrainConfig) -> None:
     assert told not in render_card(wide, replace(FACTS, started_from={"name": "tiny", "model_id": "sha256:0"}))
 
 
+def test_the_recipe_says_which_weights_muon_trains(config: TrainConfig) -> None:
+    assert "Muon" not in render_card(config, FACTS)
+    options = replace(config.optimization, optimizer="muon", learning_rate=1e-3, muon_learning_rate=2e-3)
+    card = render_card(replace(config, optimization=options), FACTS)
+    assert "learning rate 0.001 to 1e-06, Muon (0.95) for the matrices of the layers with 0.002 to 2e-06" in card
+
+
 def test_an_unfinished_run_says_so(config: TrainConfig) -> None:
     card = render_card(config, replace(FACTS, total_steps=1500, skipped_steps=3, bits_per_dim=None))
     assert "15 of 1,500: not finished" in card

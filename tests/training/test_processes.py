@@ -183,3 +183,23 @@ def test_shards_of_the_weights_give_the_same_curve_and_whole_checkpoints(
         for part in ("model", "average"):
             assert {k: v.shape for k, v in ours[part].items()} == {k: v.shape for k, v in theirs[part].items()}
         assert sorted(path.name for path in where.iterdir()) == sorted(path.name for path in straight.iterdir())
+
+
+@pytest.mark.long
+def test_muon_takes_the_same_steps_with_any_number_of_processes(
+    tmp_path: Path, preset_file: Path, idx_data: Path
+) -> None:
+    alone, two, shards = (tmp_path / name for name in ("alone", "two", "shards"))
+    muon = ("--epochs", "6", "--set", "optimizer=muon", "--set", "precision=float32")
+    assert start(tmp_path, preset_file, idx_data, alone, *muon).returncode == 0
+    for out, shard in ((two, "false"), (shards, "true")):
+        options = (*muon, "--set", f"shard={shard}")
+        killed = start(tmp_path, preset_file, idx_data, out, *options, processes=2, DIES_AT="17", DIES="0")
+        assert killed.returncode != 0
+        resumed = start(tmp_path, preset_file, idx_data, out, *options, processes=2)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "continuing at step 17 of 30" in resumed.stdout
+        # Its iterations are in bf16: a sum in another order is a step's last digits.
+        assert losses(out) == pytest.approx(losses(alone), abs=2e-3)
+        ours, theirs = (checkpoint(run)["optimizer"]["muon"]["state"] for run in (out, alone))
+        assert ours.keys() == theirs.keys()

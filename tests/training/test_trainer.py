@@ -16,6 +16,7 @@ from model.flow import Flow
 from training.batches import Batches
 from training.config import TrainConfig
 from training.data import Images
+from training.optimizer import MUON
 from training.processes import ALONE, Processes
 from training.trainer import MAX_SKIPPED_IN_A_ROW, StepReport, Trainer, TrainingDiverged
 
@@ -40,8 +41,10 @@ def tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that must continue exactly, by name."""
     state = {f"model.{k}": v for k, v in trainer.flow.state_dict().items()}
     state |= {f"average.{k}": v for k, v in trainer.average.tensors.items()}
-    for index, values in trainer.optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+    optimizer = trainer.optimizer.state_dict()
+    for name, part in {"adamw": optimizer, "muon": optimizer.get(MUON, {"state": {}})}.items():
+        for index, values in part["state"].items():
+            state |= {f"{name}.{index}.{k}": v for k, v in values.items()}
     return state
 
 
@@ -59,7 +62,7 @@ def uniform(config: TrainConfig) -> TrainConfig:
     return config.with_overrides(denoise=False, noise=NoiseProtocol(kind="uniform"))
 
 
-@pytest.mark.parametrize("variant", ["plain", "volume preserving", "uniform", "bf16", "flip"])
+@pytest.mark.parametrize("variant", ["plain", "volume preserving", "uniform", "bf16", "flip", "muon"])
 def test_a_resumed_run_is_bit_equal(config: TrainConfig, images: Images, tmp_path: Path, variant: str) -> None:
     config = {
         "plain": config,
@@ -67,6 +70,7 @@ def test_a_resumed_run_is_bit_equal(config: TrainConfig, images: Images, tmp_pat
         "uniform": uniform(config),
         "bf16": config.with_overrides(precision="bf16"),
         "flip": config.with_overrides(flip=True),
+        "muon": config.with_overrides(optimizer="muon"),
     }[variant]
     straight = Trainer(config, images, tmp_path / "straight", CPU)
     reports = train(straight)
@@ -92,7 +96,11 @@ def test_run_says_whether_it_is_complete(config: TrainConfig, images: Images, tm
     assert trainer.run(lambda report: None)
 
 
-@pytest.mark.parametrize("make", [lambda c: c, volume_preserving, uniform])
+def muon(config: TrainConfig) -> TrainConfig:
+    return config.with_overrides(optimizer="muon")
+
+
+@pytest.mark.parametrize("make", [lambda c: c, volume_preserving, uniform, muon])
 def test_training_learns(
     config: TrainConfig, images: Images, tmp_path: Path, make: Callable[[TrainConfig], TrainConfig]
 ) -> None:
