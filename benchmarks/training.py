@@ -2,8 +2,8 @@
 
 Every figure is of processes of its own, on images of noise. The loops take turns, and the fastest step of each turn
 counts: what others do on the machine only ever makes a step slower. Ours clips gradients and averages weights within
-its steps, the published loop does not. On a CPU two processes have half of the cores each, and stand beside one that
-has no more than that.
+its steps, the published loop does not; both have AdamW, whatever the preset has. On a CPU two processes have half of
+the cores each, and stand beside one that has no more than that.
 
     python -m benchmarks.training --preset fashion-mnist
     python -m benchmarks.training --preset imagenet64-conditional-p4 --device cuda --set compile=true --batch-size 64
@@ -44,7 +44,8 @@ TARGETS = {"cpu": 1.1, "cuda": 1.5}
 
 def configuration(arguments: argparse.Namespace) -> tuple[TrainConfig, Images]:
     """The preset with its settings, and one epoch of images of noise for it."""
-    config = with_settings(load_preset(arguments.preset), arguments.settings)
+    # The loops are compared, and not what they do with a gradient.
+    config = with_settings(load_preset(arguments.preset).with_overrides(optimizer="adamw"), arguments.settings)
     config = config.with_overrides(batch_size=arguments.batch_size, holdout=0, warmup_epochs=0.0)
     flow, classes = config.flow, max(1, config.flow.num_classes)
     count = max(classes, config.optimization.batch_size * (arguments.steps + arguments.warmup))

@@ -81,6 +81,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="With --report: train it on so many images, not on as many as the bundle was."),
     ] = None,
+    baseline_learning_rate: Annotated[
+        float | None, typer.Option(help="With --report: train it with this peak learning rate, not with Glow's 0.001.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print bits/dim on a test split with its protocol, the train-test gap and, for several bundles,
@@ -104,6 +107,7 @@ def evaluate(
             seed=seed,
             baseline=baseline or None,
             baseline_images=baseline_images,
+            baseline_learning_rate=baseline_learning_rate,
         )
         options = EvaluationOptions(
             split=split,

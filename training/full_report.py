@@ -11,7 +11,14 @@ import torch
 
 from model.bundle import Bundle
 from model.weights import load_flow
-from training.baselines.equal import Baseline, baseline_config, baseline_width, score_baseline, train_baseline
+from training.baselines.equal import (
+    LEARNING_RATE,
+    Baseline,
+    baseline_config,
+    baseline_width,
+    score_baseline,
+    train_baseline,
+)
 from training.classes import match_labels
 from training.evaluate import Evaluation
 from training.feature_files import open_extractor, read_statistics, write_statistics
@@ -43,6 +50,8 @@ class ReportOptions:
     """Whether to train a coupling flow to compare with."""
     baseline_images: int | None = None
     """Images that it is trained on; as many as the bundle was."""
+    baseline_learning_rate: float = LEARNING_RATE
+    """Its peak learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +144,8 @@ class Bench:
                 say(f"baseline: step {report.step} of {report.total_steps}, {report.bits_per_dim:.3f} bits/dim")
 
         bundle, how = evaluation.bundle, evaluation.options
-        count = self.options.baseline_images
-        flow, trainer = train_baseline(bundle, data, run, device, images=count, observe=observe)
+        count, rate = self.options.baseline_images, self.options.baseline_learning_rate
+        flow, trainer = train_baseline(bundle, data, run, device, images=count, learning_rate=rate, observe=observe)
         images = load_bundle_images(bundle, data, how.split, device).part(None, how.limit)
         if evaluation.conditional:
             images = match_labels(images, bundle.config.class_names, bundle.name)

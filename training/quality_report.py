@@ -134,7 +134,8 @@ def _baseline_lines(report: Report) -> list[str]:
         f"same images under the same noise (95% interval of the difference {low:+.4f} to {high:+.4f}); "
         f"{baseline.name}, trained on {baseline.images_seen:,} images where the model saw "
         f"{baseline.model_images:,}{wrong}{earlier}, {_mflop(baseline.flops_per_image)} an image where the model takes "
-        f"{_mflop(flow.flops_per_image)}, {baseline.num_parameters:,} parameters, {baseline.seconds:.0f} s"
+        f"{_mflop(flow.flops_per_image)}, {baseline.num_parameters:,} parameters, AdamW with learning rate "
+        f"{baseline.learning_rate:g}, {baseline.seconds:.0f} s"
     ]
 
 
@@ -278,6 +279,7 @@ def _baseline_json(report: Report) -> dict[str, Any] | None:
         "parameters": baseline.num_parameters,
         "flops_per_image": baseline.flops_per_image,
         "model_flops_per_image": report.evaluation.bundle.config.flow.flops_per_image,
+        "learning_rate": baseline.learning_rate,
         "images_seen": baseline.images_seen,
         "model_images_seen": baseline.model_images,
         "model_passes": baseline.model_passes,

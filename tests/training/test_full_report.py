@@ -85,7 +85,8 @@ def report(bundle: Bundle, data: Path, out: Path, *options: object, samples: int
 
 def test_the_report_says_everything_with_its_comparison(bundle: Bundle, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    found = report(bundle, data, out, "--baseline", "--write-card")
+    baseline_with = ("--baseline-learning-rate", "0.002")
+    found = report(bundle, data, out, *baseline_with, "--write-card")
     assert found["model_id"] == bundle.model_id
     samples, real = (found["distances"][name] for name in ("samples", "real_images"))
     assert samples["num_images"] == 150
@@ -107,11 +108,12 @@ def test_the_report_says_everything_with_its_comparison(bundle: Bundle, data: Pa
     assert baseline["flops_per_image"] == least > baseline["model_flops_per_image"]
     difference = baseline["bits_per_dim"] - found["likelihood"]["bits_per_dim"]["mean"]
     assert baseline["minus_model"]["mean"] == pytest.approx(difference, abs=1e-6)
-    assert baseline["model_images_seen"] == 160
+    assert (baseline["model_images_seen"], baseline["learning_rate"]) == (160, 0.002)
     assert found["likelihood"]["bayes_accuracy"]["num_images"] == 160
     text, card = (out / "report.md").read_text(), evaluation_section(read_bundle(bundle.path).card)
     assert card is not None
-    for says in (f"{samples['frechet']['value']:.2f} ± ", "Baseline of a larger budget", "precision", "Bayes accuracy"):
+    figure = f"{samples['frechet']['value']:.2f} ± "
+    for says in (figure, "Baseline of a larger budget", "learning rate 0.002", "precision", "Bayes accuracy"):
         assert says in card
     for figure in (samples["frechet"]["value"], real["frechet"]["value"]):
         assert f"{figure:.2f} ± " in text
@@ -125,7 +127,7 @@ def test_the_report_says_everything_with_its_comparison(bundle: Bundle, data: Pa
             assert picture.width > 8 * 7
     # The baseline is there: another report does not train it again.
     before = (out / "baseline" / "checkpoint.pt").stat().st_mtime_ns
-    assert report(bundle, data, out, "--baseline")["baseline"] == baseline
+    assert report(bundle, data, out, *baseline_with)["baseline"] == baseline
     assert (out / "baseline" / "checkpoint.pt").stat().st_mtime_ns == before
 
 
@@ -232,6 +234,7 @@ def test_the_baseline_is_trained_as_the_bundle_was(
     assert config.optimization.learning_rate == LEARNING_RATE != record["optimization"]["learning_rate"]
     assert (config.noise, config.data.holdout, config.seed) == (bundle.config.noise, 140, record["seed"])
     assert config.optimization.warmup_epochs == record["optimization"]["warmup_epochs"]
+    assert baseline_config(bundle, learning_rate=0.5).optimization.learning_rate == 0.5
     # On half as many images everything is half as long.
     assert baseline_config(bundle, 80).optimization.warmup_epochs == config.optimization.warmup_epochs / 2
     _, trainer = train_baseline(bundle, data, tmp_path / "baseline", CPU, images=80)
@@ -279,6 +282,8 @@ def test_the_baseline_of_another_training_is_not_continued(bundle: Bundle, data:
     # Its learning rate has ended: it is no shorter part of this one.
     with pytest.raises(ValueError, match=f"report: {out} has the baseline of another training, .* another --report"):
         train_baseline(bundle, data, out, CPU, images=32)
+    with pytest.raises(ValueError, match=r"allowed is one of .* with learning rate 0\.5"):
+        train_baseline(bundle, data, out, CPU, images=16, learning_rate=0.5)
     _, trainer = train_baseline(bundle, data, out, CPU, images=16)
     assert trainer.step == 2
 
@@ -370,6 +375,10 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_measured(
 
     assert "baseline: got True, allowed is with --report only" in refused("--baseline")
     assert "extractor: got 'x', allowed is with --report only" in refused("--extractor", "x")
+    assert "baseline_learning_rate: got 0.1, allowed is with" in refused("--baseline-learning-rate", "0.1")
+    for rate in ("0", "nan", "inf"):
+        options = ("--report", tmp_path / "report", "--baseline-learning-rate", rate)
+        assert "baseline_learning_rate: got" in refused(*options)
     out = ("--report", tmp_path / "report")
     assert "num_samples: got 39, allowed is an integer >= 40" in refused(*out, "--samples", "39")
     assert "extractor: got 'inception', allowed is efficientnet-lite0" in refused(*out, "--extractor", "inception")

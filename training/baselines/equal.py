@@ -34,7 +34,7 @@ from training.run import stop_on_signals
 from training.trainer import StepReport, Trainer
 
 LEARNING_RATE = 1e-3
-"""That of Glow (arXiv 1807.03039), whose couplings and normalizations these are."""
+"""That of Glow (arXiv 1807.03039), whose couplings and normalizations these are; another may suit the data better."""
 FIRST_IMAGES = 256
 """Images that the normalizations start from."""
 
@@ -51,6 +51,8 @@ class Baseline:
     num_parameters: int
     flops_per_image: int
     """Operations of one pass over an image."""
+    learning_rate: float
+    """Peak learning rate."""
     images_seen: int
     """Images trained on, repeats included."""
     model_images: int
@@ -64,7 +66,7 @@ class Baseline:
     conditional: bool
 
 
-def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
+def baseline_config(bundle: Bundle, images: int | None = None, learning_rate: float = LEARNING_RATE) -> TrainConfig:
     """The bundle's own training, for its baseline; with another number of images if one is given.
 
     Raises ``ValueError`` for a bundle that does not say how it was trained.
@@ -92,13 +94,14 @@ def baseline_config(bundle: Bundle, images: int | None = None) -> TrainConfig:
         optimization=replace(
             optimization,
             batch_size=batch_size,
-            learning_rate=LEARNING_RATE,
+            learning_rate=learning_rate,
             # A quarter of a step more, so that rounding cannot lose one.
             epochs=(steps + 0.25) / per_epoch,
             # The same share of the run, however long that is.
             warmup_epochs=warmup_steps / first["steps"] * steps / per_epoch,
             precision="float32",
-            # A term for a TarFlow's classes, which are not the baseline's task; nor has it embeddings.
+            # A term for a TarFlow's classes, which are not the baseline's task; nor has it embeddings or layers.
+            optimizer="adamw",
             discriminative_weight=0.0,
             embedding_std=EMBEDDING_STD,
         ),
@@ -138,6 +141,7 @@ def train_baseline(
     device: torch.device,
     *,
     images: int | None = None,
+    learning_rate: float = LEARNING_RATE,
     observe: Callable[[StepReport], None] = lambda report: None,
 ) -> tuple[CouplingFlow, Trainer]:
     """Train the baseline of a bundle, or continue its run in ``out``.
@@ -145,7 +149,7 @@ def train_baseline(
     Raises ``ValueError`` for a bundle or data that it cannot be trained on, or where ``out`` has another baseline;
     :class:`Stopped` when a signal asked so.
     """
-    config = baseline_config(bundle, images)
+    config = baseline_config(bundle, images, learning_rate)
     train = load_bundle_images(bundle, data, "train", device)
     if config.flow.num_classes:
         train = match_labels(train, config.class_names, bundle.name)
@@ -179,7 +183,8 @@ def _check_continues(out: Path, config: TrainConfig) -> None:
     if state is not None and state.config != config:
         raise ValueError(
             f"report: {out} has the baseline of another training, allowed is one of {config.optimization.epochs:.4g} "
-            f"epochs of the same recipe; choose another --report, or remove {out}"
+            f"epochs of the same recipe, with learning rate {config.optimization.learning_rate:g}; choose another "
+            f"--report, or remove {out}"
         )
 
 
@@ -200,6 +205,7 @@ def score_baseline(
         name=f"coupling flow, {len(flow.levels)} scales, width {flow.width}",
         num_parameters=sum(p.numel() for p in flow.parameters()),
         flops_per_image=flow.flops_per_image,
+        learning_rate=trainer.config.optimization.learning_rate,
         images_seen=trainer.images_seen,
         model_images=images_trained_on(bundle),
         model_passes=passes_trained_on(bundle),
