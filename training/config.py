@@ -143,7 +143,8 @@ class Execution(Record):
     recompute: bool = False
     """Activation checkpointing: layers are computed again in the backward pass, which saves memory for time."""
     shard: bool = False
-    """Spread weights, their average and the optimizer over the processes (FSDP2): for flows too large for one GPU."""
+    """Spread weights, their average, gradients and the optimizer over the processes (FSDP2): for flows of which one GPU
+    holds the weights, but not five times as much. Each begins with them, and the first draws sample grids with them."""
 
     def __post_init__(self) -> None:
         _check_count(self, "accumulation", 1)

@@ -180,7 +180,8 @@ def train_baseline(
 def _check_continues(out: Path, config: TrainConfig) -> None:
     """Refuse a directory with the baseline of another training, even one that was only shorter: its schedule ended."""
     state = load_checkpoint(out)
-    if state is not None and state.config != config:
+    # As they are written: what an option that is off would need is not kept.
+    if state is not None and state.config.to_dict() != config.to_dict():
         raise ValueError(
             f"report: {out} has the baseline of another training, allowed is one of {config.optimization.epochs:.4g} "
             f"epochs of the same recipe, with learning rate {config.optimization.learning_rate:g}; choose another "
