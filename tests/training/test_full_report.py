@@ -288,6 +288,20 @@ def test_the_baseline_of_another_training_is_not_continued(bundle: Bundle, data:
     assert trainer.step == 2
 
 
+def test_a_baseline_is_continued_whatever_its_bundle_had_that_it_has_not(
+    bundle: Bundle, data: Path, tmp_path: Path
+) -> None:
+    record = bundle.config.training
+    more = {"discriminative_weight": 1.0, "wrong_classes": 1, "optimizer": "muon", "muon_learning_rate": 0.5}
+    other = replace(
+        bundle,
+        config=replace(bundle.config, training={**record, "optimization": {**record["optimization"], **more}}),
+    )
+    for _ in range(2):
+        _, trainer = train_baseline(other, data, tmp_path / "baseline", CPU, images=16)
+    assert trainer.step == 2
+
+
 def test_the_baseline_has_not_an_image_less(bundle: Bundle) -> None:
     record = bundle.config.training
     few = {**record, "data": {**record["data"], "num_images": 5}, "steps": 7}
