@@ -42,7 +42,7 @@ def ablate(
         from model.config import check
         from model.device import resolve_device
         from training.ablations.plan import Scale, parse_budget
-        from training.ablations.report import loss_plot, markdown, spearman, to_json
+        from training.ablations.report import has_plot, loss_plot, markdown, to_json
         from training.ablations.run import Ablation, AblationOptions, Stopped, run_ablation
         from training.classes import class_names, match_labels
         from training.data import data_name, load_images
@@ -72,7 +72,7 @@ def ablate(
         def write(ablation: Ablation) -> None:
             (out / "ablation.md").write_text(markdown(ablation))
             (out / "ablation.json").write_text(json.dumps(to_json(ablation), indent=2, allow_nan=False) + "\n")
-            if spearman(ablation.points) is not None:
+            if has_plot(ablation):
                 (out / "loss.svg").write_text(loss_plot(ablation))
 
         def say(text: str) -> None:
