@@ -23,7 +23,7 @@ from rich.console import Console
 from model.bundle import open_bundle
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
-from training.commands import Device, clear_errors, progress_bar
+from training.commands import STOPPED, Device, clear_errors, progress_bar
 from training.config import TrainConfig, load_preset, needs_start, preset_names, with_settings
 from training.data_cli import app as data_app
 from training.evaluate_cli import evaluate
@@ -97,8 +97,9 @@ def train(
 ) -> None:
     """Train a model, or continue the run in --out. OUT/bundle is servable after the first epoch.
 
-    SIGTERM and Ctrl-C write a checkpoint and end the command; the same command continues the run. On several GPUs or
-    hosts, torchrun starts it: torchrun --nproc-per-node 8 -m training train …; each process takes its part of a batch.
+    SIGTERM and Ctrl-C write a checkpoint and end the command with status 1; the same command continues the run. On
+    several GPUs or hosts, torchrun starts it: torchrun --nproc-per-node 8 -m training train …; each process takes its
+    part of a batch.
     """
     del list_presets
     options = {
@@ -171,6 +172,7 @@ def train(
         say(f"finished {trainer.step} steps; the model is in {out / 'bundle'}")
     else:
         say(f"stopped after step {trainer.step}, checkpoint written; the same command continues the run")
+        raise typer.Exit(STOPPED)
 
 
 def _silent(text: str) -> None:

@@ -28,6 +28,7 @@ from training.cli import app
 from training.config import TrainConfig
 from training.data import Images, load_images
 from training.features import EXTRACTORS, Extractor
+from training.trainer import Trainer
 
 TOY = ["--width", "16", "--head-dim", "8", "--depth", "2", "--batch-size", "8", "--image-size", "8",
        "--num-samples", "40", "--scored-images", "20", "--reference-images", "60", "--components", "8"]  # fmt: skip
@@ -157,6 +158,71 @@ def test_a_signal_ends_it_after_a_step_and_it_continues_exactly(
     rows = [found.rows["volume-preserving"].content for found in (whole, run(tmp_path / "out"))]
     for name in ("bits_per_dim", "distance", "samples_not_finite"):
         assert rows[0][name] == rows[1][name]
+
+
+def test_a_stopped_command_says_so_by_its_status(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer._train_step
+
+    def signalled_step(trainer: Trainer) -> Any:
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "_train_step", signalled_step)
+    assert "the same command continues" in ablate(data, tmp_path / "out", *BUDGET, "--rows", BASE, status=1)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / BASE / "checkpoint.pt").is_file()
+
+
+def test_a_damaged_document_is_named_with_what_to_do(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("--budget", "2 steps", "--rows", "volume,loss")
+    ablate(data, out, *command)
+    row, snapshot = out / BASE / "rows" / f"{BASE}.json", next((out / BASE / "snapshots" / "rows").iterdir())
+    for path, damage, advice in (
+        (out / "scale.json", "{", "or choose another --out"),
+        (out / "scale.json", "[]", "got list, allowed is an object"),
+        (row, '{"key": {', "delete it, and the same command measures it again"),
+        (row, "{}", "it has no 'key'"),
+        (snapshot, "\0", "delete it, and the same command measures it again"),
+    ):
+        whole = path.read_text()
+        path.write_text(damage)
+        error = ablate(data, out, *command, status=2).replace("\n", "")
+        assert f"{path}: damaged" in error
+        assert advice in error
+        path.write_text(whole)
+    row.unlink()
+    assert f"{BASE}: distance" in ablate(data, out, *command)
+
+
+def test_rows_are_measured_again_on_other_test_images(
+    data: Path, tmp_path: Path, make_images: Callable[..., Images], write_idx: Callable[..., Path]
+) -> None:
+    out, command = tmp_path / "out", ("--budget", "2 steps", "--rows", "volume,loss")
+    ablate(data, out, *command)
+    before = document(out)
+    write_idx(data, make_images(60, seed=2), "t10k")
+    again = ablate(data, out, *command)
+    # The flows are the same.
+    assert ": step" not in again
+    after = document(out)
+    for name, row in before["rows"].items():
+        assert after["rows"][name]["bits_per_dim"] != row["bits_per_dim"]
+        assert after["rows"][name]["distance"] != row["distance"]
+    assert len(after["loss"]["points"]) == len(before["loss"]["points"]) > 0
+    assert after["loss"]["points"][0]["distance"] != before["loss"]["points"][0]["distance"]
+
+
+def test_only_the_rows_that_are_asked_for_must_fit(data: Path, tmp_path: Path) -> None:
+    wide = ("--budget", "1 steps", "--head-dim", "16")
+    error = ablate(data, tmp_path / "all", *wide, status=2)
+    assert "width: got 16, allowed is a multiple of 32, twice the head_dim, for the row width-half; --rows" in error
+    assert not (tmp_path / "all").exists()
+    ablate(data, tmp_path / "out", *wide, "--rows", "volume")
+    assert (
+        "| width-half | 2 blocks × 2 layers, width 8 | | | not measured" in (tmp_path / "out/ablation.md").read_text()
+    )
 
 
 def test_a_training_that_diverges_is_a_result(data: Path, tmp_path: Path) -> None:
