@@ -167,6 +167,11 @@ def train(
                 f"{config.name}: {start} of {trainer.total_steps}, {len(trainer.images)} images, "
                 f"{trainer.steps_per_epoch} steps an epoch, {where}{torch_device} in {trainer.precision}"
             )
+            if trainer.warmup_steps > trainer.total_steps:
+                say(
+                    f"warm-up takes the whole run ({trainer.total_steps:,} of {trainer.warmup_steps:,} steps): the "
+                    f"learning rate never reaches {config.optimization.learning_rate:g}"
+                )
             complete = run.execute()
     if complete:
         say(f"finished {trainer.step} steps; the model is in {out / 'bundle'}")
