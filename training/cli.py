@@ -239,6 +239,9 @@ def sweep(
 ) -> None:
     """Compare guidance settings by the Fréchet distance of their samples from real images, in a table and on a
     contact sheet. What is not given is as in the default grids; the rest of the sampling is as the bundle recommends.
+
+    evaluate --report measures on the test split, too: a setting that was chosen on it looks a little better there than
+    it is; --split train chooses on other images.
     """
     with clear_errors():
         from model.device import resolve_device
