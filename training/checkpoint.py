@@ -58,6 +58,8 @@ class TrainState:
     """Hash of the training images and labels; empty in checkpoints that were written without it."""
     started_from: str = ""
     """Id of the model whose weights the run began with; empty where it began with new ones."""
+    skipped_in_a_row: int = 0
+    """Steps up to this one, without a break, that were skipped; 0 in checkpoints that were written without it."""
 
 
 def save_checkpoint(directory: Path, state: TrainState) -> None:

@@ -14,11 +14,12 @@ def resolve_classes(config: TrainConfig, images: Images) -> tuple[TrainConfig, I
     """The configuration with its classes settled, and the images with labels in that order.
 
     With ``data.classes_from_data`` number and names come from the data, and a single class means no
-    classes. Otherwise the data must have exactly the configuration's classes; :class:`DataError`
+    classes. Otherwise, and where number or names are set all the same (as in a finished run's
+    ``config.yaml``), the data must have exactly the configuration's classes; :class:`DataError`
     names both when it has not. IDX files have no names: their classes are called 0, 1, ….
     """
     found = class_names(images)
-    if config.data.classes_from_data:
+    if config.data.classes_from_data and not config.flow.num_classes:
         names = found if len(found) > 1 else ()
         return replace(config, flow=replace(config.flow, num_classes=len(names)), class_names=names), images
     if not config.flow.num_classes:

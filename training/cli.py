@@ -23,7 +23,7 @@ from rich.console import Console
 from model.bundle import open_bundle
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
-from training.commands import Device, clear_errors, progress_bar
+from training.commands import STOPPED, Device, clear_errors, progress_bar
 from training.config import TrainConfig, load_preset, needs_start, preset_names, with_settings
 from training.data_cli import app as data_app
 from training.evaluate_cli import evaluate
@@ -97,8 +97,9 @@ def train(
 ) -> None:
     """Train a model, or continue the run in --out. OUT/bundle is servable after the first epoch.
 
-    SIGTERM and Ctrl-C write a checkpoint and end the command; the same command continues the run. On several GPUs or
-    hosts, torchrun starts it: torchrun --nproc-per-node 8 -m training train …; each process takes its part of a batch.
+    SIGTERM and Ctrl-C write a checkpoint and end the command with status 1; the same command continues the run. On
+    several GPUs or hosts, torchrun starts it: torchrun --nproc-per-node 8 -m training train …; each process takes its
+    part of a batch.
     """
     del list_presets
     options = {
@@ -166,11 +167,17 @@ def train(
                 f"{config.name}: {start} of {trainer.total_steps}, {len(trainer.images)} images, "
                 f"{trainer.steps_per_epoch} steps an epoch, {where}{torch_device} in {trainer.precision}"
             )
+            if trainer.warmup_steps > trainer.total_steps:
+                say(
+                    f"warm-up takes the whole run ({trainer.total_steps:,} of {trainer.warmup_steps:,} steps): the "
+                    f"learning rate never reaches {config.optimization.learning_rate:g}"
+                )
             complete = run.execute()
     if complete:
         say(f"finished {trainer.step} steps; the model is in {out / 'bundle'}")
     else:
         say(f"stopped after step {trainer.step}, checkpoint written; the same command continues the run")
+        raise typer.Exit(STOPPED)
 
 
 def _silent(text: str) -> None:
@@ -232,6 +239,9 @@ def sweep(
 ) -> None:
     """Compare guidance settings by the Fréchet distance of their samples from real images, in a table and on a
     contact sheet. What is not given is as in the default grids; the rest of the sampling is as the bundle recommends.
+
+    evaluate --report measures on the test split, too: a setting that was chosen on it looks a little better there than
+    it is; --split train chooses on other images.
     """
     with clear_errors():
         from model.device import resolve_device

@@ -13,7 +13,10 @@ from rich.progress import Progress, TaskID
 
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 
-
+STOPPED = 1
+"""Status of a command that a signal ended before it was complete, though it keeps everything and the same command
+continues: what follows it in a script (``train … && evaluate …``) needs the whole, and a scheduler that counts 0 as
+done would never start it again."""
 SECONDS_PER_LINE = 30.0
 
 
@@ -29,7 +32,7 @@ LESS_MEMORY = (
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """End the command with one red line and status 2 for what its user can mend, 1 for a diverged run or too little
-    memory.
+    memory. (Without such a line it is 1, too, for one that a signal stopped: :data:`STOPPED`.)
 
     Everything that data, checkpoints, presets and bundles are refused with is a ``ValueError``.
     """

@@ -124,7 +124,8 @@ class DataOptions(Record):
     flip: bool = False
     """Mirror each training image with probability one half."""
     classes_from_data: bool = False
-    """Take the number of classes and their names from the data (:func:`training.classes.resolve_classes`)."""
+    """Take the number of classes and their names from the data, where they are not set
+    (:func:`training.classes.resolve_classes`)."""
 
     def __post_init__(self) -> None:
         _check_count(self, "holdout", 0)
@@ -267,7 +268,16 @@ def with_settings(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
             raise ValueError(f"set: got {name!r}, which is no field of a configuration; allowed is {', '.join(near)}")
         part, _, key = known[name].rpartition(".")
         (content[part] if part else content)[key] = _value(name, text)
-    return TrainConfig.from_dict(content)
+    config = TrainConfig.from_dict(content)
+    # 0 is how a preset leaves the number to the data: a person who sets it means a model without classes.
+    sets_number = any(known[setting.partition("=")[0].strip()] == "flow.num_classes" for setting in settings)
+    check(
+        not (sets_number and config.data.classes_from_data and not config.flow.num_classes),
+        "flow.num_classes",
+        0,
+        "the number in the data where data.classes_from_data is true; for a model without classes set that to false",
+    )
+    return config
 
 
 def _value(name: str, text: str) -> Any:

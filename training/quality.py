@@ -35,7 +35,7 @@ from training.latents import encode as encode_images
 from training.latents import with_digests
 from training.neighbours import Nearest, PrecisionRecall, nearest_images, precision_recall
 from training.noisy import noisy_batches
-from training.provenance import training_split
+from training.provenance import training_runs, training_split
 
 SHOWN = 64
 """Samples on the report's picture."""
@@ -93,7 +93,9 @@ class Copying:
     held_out: Nearest
     num_training: int
     pairs: NDArray[np.uint8]
-    """The samples nearest to a training image and these, (2, N, C, H, W)."""
+    """The samples nearest to a training image and these, mirrored where they are nearest so, (2, N, C, H, W)."""
+    mirrored: bool
+    """Whether they were looked for among the training images' mirror images, too."""
 
     @property
     def share_nearer(self) -> float:
@@ -201,7 +203,8 @@ def measure_quality(
         seconds=drawn.seconds,
         hardware=describe_hardware(device),
         copying=find_copies(
-            drawn.pixels[:MAX_COPIES], _chosen(test, MAX_COPIES).pixels, trained_on.pixels, device, begin
+            *(drawn.pixels[:MAX_COPIES], _chosen(test, MAX_COPIES).pixels, trained_on.pixels, device, begin),
+            mirrored=any(run.get("data", {}).get("flip", False) for run in training_runs(bundle)),
         )
         if len(drawn.pixels)
         else None,
@@ -286,16 +289,36 @@ def find_copies(
     trained_on: NDArray[np.uint8],
     device: torch.device,
     begin: Begin = lambda text, total: lambda count: None,
+    *,
+    mirrored: bool = False,
 ) -> Copying:
-    """Samples and held-out images with the training images nearest to them, all (N, C, H, W)."""
-    advance = begin("nearest training images", len(samples) + len(held_out))
-    nearest = nearest_images(samples, trained_on, device=device, advance=advance)
+    """Samples and held-out images with the training images nearest to them, all (N, C, H, W).
+
+    With ``mirrored`` each training image counts as its mirror image too, as it did for a model trained with flips.
+    """
+    advance = begin("nearest training images", (len(samples) + len(held_out)) * (1 + mirrored))
+
+    def find(images: NDArray[np.uint8]) -> tuple[Nearest, NDArray[np.bool_]]:
+        """The nearest of each, and whether it is nearest as its mirror image."""
+        nearest = nearest_images(images, trained_on, device=device, advance=advance)
+        if not mirrored:
+            return nearest, np.zeros(len(images), np.bool_)
+        # An image is as far from a mirror image as its own mirror image is from the original; these are fewer to turn.
+        other = nearest_images(images[..., ::-1], trained_on, device=device, advance=advance)
+        is_other = other.distance < nearest.distance
+        index = np.where(is_other, other.index, nearest.index)
+        return Nearest(index, np.minimum(nearest.distance, other.distance)), is_other
+
+    nearest, is_mirrored = find(samples)
     closest = np.argsort(nearest.distance, kind="stable")[:PAIRS]
+    originals = trained_on[nearest.index[closest]]
+    shown = np.where(is_mirrored[closest, None, None, None], originals[..., ::-1], originals)
     return Copying(
         samples=nearest,
-        held_out=nearest_images(held_out, trained_on, device=device, advance=advance),
+        held_out=find(held_out)[0],
         num_training=len(trained_on),
-        pairs=np.stack([samples[closest], trained_on[nearest.index[closest]]]),
+        pairs=np.stack([samples[closest], shown]),
+        mirrored=mirrored,
     )
 
 

@@ -156,17 +156,24 @@ def _drawn(quality: Quality) -> str:
 
 
 def _distances(quality: Quality) -> str:
+    samples, real = quality.samples, quality.real
+    fewer = ""
+    if samples is not None and samples.num_images != real.num_images:
+        fewer = (
+            f" There are {real.num_images:,} of them for {samples.num_images:,} samples: the Fréchet distance on all "
+            "features and recall depend on the number of images and do not compare; that without its 1/n term does."
+        )
     lines = [
         f"On the features of {quality.features}, against {quality.reference.count:,} test images. Figures on other "
         "features than Inception's are not comparable with published FID and KID. Real images are what a perfect "
-        f"model would get; they are of {quality.real_from}. Standard errors are of the choice of the images in a row, "
-        "not of that of the test images, which both rows share.",
+        f"model would get; they are of {quality.real_from}.{fewer} Standard errors are of the choice of the images in "
+        "a row, not of that of the test images, which both rows share.",
         "",
         f"| | images | Fréchet, all features | Fréchet, {quality.components} components, without its 1/n term "
         "| kernel × 1000 | precision | recall |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, found in (("samples", quality.samples), ("real images", quality.real)):
+    for name, found in (("samples", samples), ("real images", real)):
         if found is None:
             lines.append(f"| {name} | too few are finite | | | | | |")
             continue
@@ -198,7 +205,8 @@ def _copies(quality: Quality) -> str:
         return "No sample is finite."
     ours, theirs = copying.samples.distance, copying.held_out.distance
     return (
-        f"Root mean square distance in 8-bit steps to the nearest of {copying.num_training:,} training images: "
+        f"Root mean square distance in 8-bit steps to the nearest of {copying.num_training:,} training images"
+        f"{' and their mirror images, on which the model was trained too' if copying.mirrored else ''}: "
         f"{len(ours):,} samples {np.median(ours):.2f} (median, least {ours.min():.2f}), {len(theirs):,} test images "
         f"{np.median(theirs):.2f} (least {theirs.min():.2f}). {_nearer(quality, copying)}. A model that does not copy "
         "has about 1% of these, or more where its samples are simpler than real images are: look at the pairs."
@@ -256,6 +264,7 @@ def to_json(report: Report) -> dict[str, Any]:
         if copying is None
         else {
             "training_images": copying.num_training,
+            "mirrored_too": copying.mirrored,
             "known_to_be_the_models": quality.is_own_data,
             "unit": "root mean square difference in 8-bit steps",
             "samples": _quantiles(copying.samples.distance),

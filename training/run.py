@@ -143,7 +143,9 @@ class Run:
 
     def _is_due(self, report: StepReport) -> bool:
         """Whether samples and a bundle are made after this step, before the end."""
-        return report.step % self._sample_every == 0 and report.step < report.total_steps
+        # Untrained weights are no model: of a run that goes on like that nothing is left.
+        has_learned = report.skipped_steps < report.step
+        return has_learned and report.step % self._sample_every == 0 and report.step < report.total_steps
 
     def _follow(self) -> bool:
         """What the other processes do: train, and give their part of the weights for what the first one writes."""

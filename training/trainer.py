@@ -46,7 +46,7 @@ CHECKPOINT_SECONDS = 120.0
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row, or all of a run, had a loss or gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class Trainer:
         self.batches = Batches(self.images, config, self.device, processes)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = max(1, round(options.epochs * self.steps_per_epoch))
+        self.warmup_steps = round(options.warmup_epochs * self.steps_per_epoch)
 
     def _start(self, start: Start | None) -> None:
         """Weights, optimizer and average: new, a bundle's, or from the checkpoint of the first process."""
@@ -174,7 +175,7 @@ class Trainer:
         self.average.tensors = {k: placed(state.average[k], like) for k, like in self.average.tensors.items()}
         self.average.updates = state.average_updates
         self.step, self.images_seen, self.seconds = state.step, state.images_seen, state.seconds
-        self.skipped_steps = state.skipped_steps
+        self.skipped_steps, self._skipped_in_a_row = state.skipped_steps, state.skipped_in_a_row
 
     def save(self) -> None:
         """Write a checkpoint from which this run continues exactly, with any number of processes; all call this."""
@@ -198,6 +199,7 @@ class Trainer:
             average_updates=self.average.updates,
             data_sha256=self.data_sha256,
             started_from=self.started_from,
+            skipped_in_a_row=self._skipped_in_a_row,
         )
         save_checkpoint(self.out, state)
 
@@ -273,8 +275,7 @@ class Trainer:
     def _train_step(self) -> tuple[float, float, float, float, float | None]:
         """One optimizer step; returns loss, bits/dim, gradient norm, learning rate and −log p(y | x)."""
         options = self.config.optimization
-        warmup_steps = round(options.warmup_epochs * self.steps_per_epoch)
-        rate = learning_rate(self.step, self.total_steps, warmup_steps, options)
+        rate = learning_rate(self.step, self.total_steps, self.warmup_steps, options)
         loss, bits, label_nats, square_TD = self._gradient()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.flow.parameters(), options.clip_norm)).item()
         # All processes have the same norm and loss, and so come to the same end.
@@ -299,7 +300,8 @@ class Trainer:
         """Train until done or :attr:`stop_requested`; returns whether the run is complete.
 
         ``observe`` is called after every step. A checkpoint is written every
-        ``checkpoint_seconds``, at the end, and when stopped.
+        ``checkpoint_seconds``, at the end, and when stopped. Raises :class:`TrainingDiverged` at the end, too, of a run
+        whose every step was skipped.
         """
         last_save = time.monotonic()
         self.flow.train()
@@ -331,5 +333,12 @@ class Trainer:
             if save:
                 self.save()
                 last_save = time.monotonic()
+        is_complete = self.step >= self.total_steps
+        if is_complete and self.skipped_steps >= self.step:
+            # Without a checkpoint: there is nothing in it, and the mended run may take the same directory.
+            raise TrainingDiverged(
+                f"none of the {self.step} steps had a finite loss and gradient, and the weights are as they began; "
+                "lower the learning rate or embedding_std, or use float32"
+            )
         self.save()
-        return self.step >= self.total_steps
+        return is_complete

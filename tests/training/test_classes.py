@@ -40,6 +40,23 @@ def test_resolving_twice_changes_nothing(from_data: TrainConfig, images: Images)
     assert resolve_classes(*once)[0] == once[0]
 
 
+def test_what_is_set_beside_classes_from_the_data_must_be_theirs(from_data: TrainConfig, images: Images) -> None:
+    def with_classes(number: int, *names: str) -> TrainConfig:
+        return replace(from_data, flow=replace(from_data.flow, num_classes=number), class_names=names)
+
+    with pytest.raises(DataError, match=r"tiny is a model of 7 classes, but the data has 2 \(0, 1\)"):
+        resolve_classes(with_classes(7), images)
+    with pytest.raises(DataError, match=r"\(left, right\).*\(up\)"):
+        resolve_classes(with_classes(2, "left", "right"), named(images, "left", "up"))
+    single = Images(images.pixels, np.zeros_like(images.labels), ("all",))
+    with pytest.raises(DataError, match=r"2 classes, but the data has 1 \(all\)"):
+        resolve_classes(with_classes(2), single)
+    # Names for the numbers of IDX files, and another order of the data's names, are no contradiction.
+    assert resolve_classes(with_classes(2, "left", "right"), images)[0].class_names == ("left", "right")
+    _, matched = resolve_classes(with_classes(2, "right", "left"), named(images, "left", "right"))
+    np.testing.assert_array_equal(matched.labels, 1 - images.labels)
+
+
 def test_a_model_without_classes_ignores_the_data_s(config: TrainConfig, images: Images) -> None:
     unconditional = replace(config, flow=replace(config.flow, num_classes=0))
     assert resolve_classes(unconditional, images)[0] == unconditional

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -51,7 +52,8 @@ def test_a_real_run_is_stopped_continued_and_evaluated(preset_file: Path, idx_da
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0
+    # What follows in a script must not take it for a finished run.
+    assert process.returncode == 1
     assert "checkpoint written; the same command continues the run" in text
     state = load_checkpoint(out)
     assert state is not None
@@ -159,6 +161,32 @@ def test_a_setting_that_cannot_be_is_named(
     )
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_classes_that_are_set_against_the_datas_are_refused(
+    preset: dict[str, object], idx_data: Path, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "from-data.yaml", tmp_path / "run"
+    flow = {key: value for key, value in preset["flow"].items() if key != "num_classes"}
+    path.write_text(yaml.safe_dump({**preset, "flow": flow, "data": {"classes_from_data": True}}))
+    train = ("train", path, "--data", idx_data, "--out", out, "--epochs", 1)
+    for settings, message in (
+        (("--set", "num_classes=7"), "tiny is a model of 7 classes, but the data has 2 (0, 1)"),
+        (("--set", "num_classes=0"), "flow.num_classes: got 0, allowed is the number in the data"),
+    ):
+        assert message in invoke(*train, *settings, status=2)[1]
+        assert not out.exists()
+    invoke(*train)
+    assert read_bundle(out / "bundle").config.class_names == ("0", "1")
+    # Continued by the same command, and from its own file, which has the classes that were found.
+    for again in (train, ("train", out / "config.yaml", *train[2:])):
+        assert "continuing at step 5 of 5" in invoke(*again)[0]
+    settings = ("--set", "num_classes=2", "--set", "class_names=[left, right]")
+    invoke(*train[:4], "--out", tmp_path / "named", "--epochs", 1, *settings)
+    assert read_bundle(tmp_path / "named" / "bundle").config.class_names == ("left", "right")
+    settings = ("--set", "num_classes=0", "--set", "classes_from_data=false")
+    invoke(*train[:4], "--out", tmp_path / "without", "--epochs", 1, *settings)
+    assert read_bundle(tmp_path / "without" / "bundle").config.flow.num_classes == 0
 
 
 def test_evaluate_writes_the_card_and_replaces_what_it_wrote(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
@@ -300,6 +328,24 @@ def test_a_diverged_run_ends_with_status_1(preset_file: Path, idx_data: Path, tm
     train = ("train", preset_file, "--data", idx_data, "--out", tmp_path / "run", "--sample-every", 10000)
     _, stderr = invoke(*train, "--learning-rate", 1e30, "--epochs", 100, status=1)
     assert stderr.startswith("Error: 50 steps in a row")
+
+
+def test_a_run_that_learned_nothing_leaves_no_model(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train = ("train", preset_file, "--data", idx_data, "--out", out, "--epochs", 2, "--sample-every", 2)
+    _, stderr = invoke(*train, "--set", "embedding_std=1e30", status=1)
+    assert stderr.startswith("Error: none of the 10 steps had a finite loss and gradient")
+    assert not (out / "bundle").exists()
+    assert not (out / "samples").exists()
+    assert "starting of 10" in invoke(*train)[0]
+
+
+def test_a_warm_up_that_never_ends_is_told(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
+    train = ("train", preset_file, "--data", idx_data, "--epochs", 1, "--out")
+    text, _ = invoke(*train, tmp_path / "long", "--set", "warmup_epochs=1e9")
+    says = "warm-up takes the whole run (5 of 5,000,000,000 steps): the learning rate never reaches 0.01"
+    assert text.splitlines()[1] == says
+    assert "warm-up" not in invoke(*train, tmp_path / "short", "--set", "warmup_epochs=1.0")[0]
 
 
 def test_too_little_memory_is_one_line(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:

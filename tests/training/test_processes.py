@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training.conftest import run_command
 from training.checkpoint import FILE_NAME
 from training.log import read_log
 
@@ -26,8 +27,8 @@ import sys
 
 from training.trainer import Trainer
 
-step = Trainer._train_step
-rank = os.environ.get("RANK", "0")
+step, save, replace = Trainer._train_step, Trainer.save, os.replace
+rank, renamed = os.environ.get("RANK", "0"), 0
 
 
 def dying_step(self):
@@ -36,7 +37,20 @@ def dying_step(self):
     return step(self)
 
 
-Trainer._train_step = dying_step
+def rare_save(self):
+    if os.environ.get("SAVES_AT", str(self.step)) == str(self.step):
+        save(self)
+
+
+def dying_replace(source, target):
+    global renamed
+    renamed += os.path.basename(source) == "checkpoint.pt.part"
+    if renamed == int(os.environ.get("DIES_RENAMING", "-1")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+
+Trainer._train_step, Trainer.save, os.replace = dying_step, rare_save, dying_replace
 if rank == os.environ.get("HAS_NO_DATA"):
     sys.argv[sys.argv.index("--data") + 1] = "no-such-directory"
 
@@ -136,6 +150,35 @@ def test_a_killed_run_ends_with_the_very_weights(
     for index, values in theirs["optimizer"]["state"].items():
         assert all(torch.equal(ours["optimizer"]["state"][index][name], value) for name, value in values.items())
     assert losses(out) == losses(straight)
+
+
+@pytest.mark.parametrize(
+    ("death", "logged", "continues_at"),
+    [
+        # Ten steps after the last checkpoint: they are done again, and the line of step 10 is cut off and written anew.
+        ({"SAVES_AT": "7", "DIES_AT": "17"}, [10], 7),
+        # The checkpoint of step 12 is written, and has not its name yet: the one before it counts.
+        ({"DIES_RENAMING": "12"}, [10], 11),
+    ],
+)
+def test_what_a_killed_run_did_since_its_checkpoint_is_done_again(
+    death: dict[str, str], logged: list[int], continues_at: int, tmp_path: Path, preset_file: Path, idx_data: Path
+) -> None:
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    options = ("--data", idx_data, "--device", "cpu", "--epochs", "6")
+    killed = start(tmp_path, preset_file, idx_data, out, *map(str, options[4:]), **death)
+    assert killed.returncode == -9
+    assert [line["step"] for line in read_log(out)] == logged
+    assert (out / f"{FILE_NAME}.part").exists() == ("DIES_RENAMING" in death)
+    resumed = run_command("train", preset_file, "--out", out, *options)
+    assert f"continuing at step {continues_at} of 30" in resumed
+    run_command("train", preset_file, "--out", whole, *options)
+    ours, theirs = checkpoint(out), checkpoint(whole)
+    for part in ("model", "average"):
+        assert [name for name in theirs[part] if not torch.equal(ours[part][name], theirs[part][name])] == []
+    assert losses(out) == losses(whole)
+    assert [line["step"] for line in read_log(out)] == [10, 20, 30]
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
 @pytest.mark.long

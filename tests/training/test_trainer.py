@@ -14,6 +14,7 @@ from torch import Tensor
 from model.config import NoiseProtocol
 from model.flow import Flow
 from training.batches import Batches
+from training.checkpoint import FILE_NAME
 from training.config import TrainConfig
 from training.data import Images
 from training.optimizer import MUON
@@ -173,6 +174,42 @@ def test_a_run_that_stays_not_finite_ends(config: TrainConfig, images: Images, t
     with pytest.raises(TrainingDiverged, match="lower the learning rate"):
         train(trainer)
     assert trainer.skipped_steps >= MAX_SKIPPED_IN_A_ROW
+
+
+def poisoned(trainer: Trainer) -> Trainer:
+    """No step of it is finite."""
+    trainer.flow.register_forward_pre_hook(lambda flow, inputs: (inputs[0] * torch.inf, inputs[1]))
+    return trainer
+
+
+def test_a_run_without_any_step_that_counts_ends(config: TrainConfig, images: Images, tmp_path: Path) -> None:
+    config = config.with_overrides(epochs=1)
+    with pytest.raises(TrainingDiverged, match="none of the 5 steps had a finite loss and gradient"):
+        train(poisoned(Trainer(config, images, tmp_path, CPU)))
+    # Nothing of it is in the way of a run that is mended.
+    assert list(tmp_path.iterdir()) == []
+    # One step that counts is a training.
+    trainer = Trainer(config, images, tmp_path, CPU)
+    train(trainer, stop_at=1)
+    assert len(train(poisoned(trainer))) == 4
+    assert trainer.skipped_steps == 4
+
+
+def test_steps_that_are_skipped_in_a_row_are_counted_over_stops(
+    config: TrainConfig, images: Images, tmp_path: Path
+) -> None:
+    config = config.with_overrides(epochs=100)
+    train(poisoned(Trainer(config, images, tmp_path, CPU)), stop_at=MAX_SKIPPED_IN_A_ROW - 2)
+    resumed = poisoned(Trainer(config, images, tmp_path, CPU))
+    with pytest.raises(TrainingDiverged, match="50 steps in a row"):
+        train(resumed)
+    assert resumed.skipped_steps == MAX_SKIPPED_IN_A_ROW
+    # A checkpoint from before there was the count is continued, and begins with none.
+    content = torch.load(tmp_path / FILE_NAME, weights_only=True)
+    assert content.pop("skipped_in_a_row") == MAX_SKIPPED_IN_A_ROW - 2
+    torch.save(content, tmp_path / FILE_NAME)
+    resumed = Trainer(config, images, tmp_path, CPU)
+    assert len(train(resumed, stop_at=resumed.step + 3)) == 3
 
 
 def test_fewer_images_than_a_batch(config: TrainConfig, images: Images, tmp_path: Path) -> None:

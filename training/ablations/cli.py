@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from training.commands import Device, clear_errors
+from training.commands import STOPPED, Device, clear_errors
 
 
 def ablate(
@@ -19,7 +19,9 @@ def ablate(
     ] = None,
     budget: Annotated[str, typer.Option(help="Of every flow: '25600 images' or '400 steps'.")] = "25600 images",
     width: Annotated[int, typer.Option(help="Width of the base model's transformers.")] = 64,
-    head_dim: Annotated[int, typer.Option(help="Size of an attention head; half the width must be a multiple.")] = 32,
+    head_dim: Annotated[
+        int, typer.Option(help="Size of an attention head; the width is a multiple, for width-half also half of it.")
+    ] = 32,
     depth: Annotated[int, typer.Option(min=1, help="Blocks of the base model, and layers in each.")] = 4,
     patch_size: Annotated[int, typer.Option(min=1, help="Side of a patch.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
@@ -36,13 +38,14 @@ def ablate(
     """Train small flows that differ in one thing each, with equal budgets, and compare the order of their samples'
     quality with the paper's. Writes ablation.md, ablation.json and loss.svg after every row.
 
-    SIGTERM and Ctrl-C write a checkpoint and end the command; the same command continues, and repeats no finished row.
+    SIGTERM and Ctrl-C write a checkpoint and end the command with status 1; the same command continues, and repeats no
+    finished row.
     """
     with clear_errors():
         from model.config import check
         from model.device import resolve_device
         from training.ablations.plan import Scale, parse_budget
-        from training.ablations.report import loss_plot, markdown, spearman, to_json
+        from training.ablations.report import has_plot, loss_plot, markdown, to_json
         from training.ablations.run import Ablation, AblationOptions, Stopped, run_ablation
         from training.classes import class_names, match_labels
         from training.data import data_name, load_images
@@ -72,7 +75,7 @@ def ablate(
         def write(ablation: Ablation) -> None:
             (out / "ablation.md").write_text(markdown(ablation))
             (out / "ablation.json").write_text(json.dumps(to_json(ablation), indent=2, allow_nan=False) + "\n")
-            if spearman(ablation.points) is not None:
+            if has_plot(ablation):
                 (out / "loss.svg").write_text(loss_plot(ablation))
 
         def say(text: str) -> None:
@@ -82,5 +85,5 @@ def ablate(
             ablation = run_ablation(data_name(data), train, test, out, options, resolve_device(device), say, write)
         except Stopped:
             say("stopped, checkpoint written; the same command continues the ablation")
-            return
+            raise typer.Exit(STOPPED) from None
         typer.echo(json.dumps(to_json(ablation), indent=2, allow_nan=False) if as_json else markdown(ablation))

@@ -8,7 +8,7 @@ are of 64×64 ImageNet; here only their order is compared. One study is of STARF
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from model.config import FlowConfig, NoiseProtocol, SamplingDefaults, check
 from training.config import DataOptions, Optimization, TrainConfig
 
 Architecture = Literal["autoregressive", "channel"]
-BASE = "base"
+BASE, HALF, DOUBLE = "base", "width-half", "width-double"
 SNAPSHOTS = 10
 """Points of the base run at which loss and distance are compared."""
 
@@ -27,12 +27,22 @@ class Training:
 
     name: str
     """Name of its run directory."""
-    config: TrainConfig
-    """The whole run."""
+    base: TrainConfig
+    """The run that it differs from in one thing."""
+    noise: NoiseProtocol
+    """How images are made continuous."""
+    changes: Mapping[str, Any]
+    """Fields of the flow that are not the base's."""
     architecture: Architecture = "autoregressive"
     """``channel``: :class:`training.baselines.channel_coupling.ChannelCouplingFlow`."""
     snapshots: int = 0
     """How often its averaged weights are kept on the way, the last ones included."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The whole run; raises ``ValueError`` where the scale has no such flow (:func:`check_trainings`)."""
+        flow = replace(self.base.flow, **self.changes)
+        return replace(self.base, name=self.name, noise=self.noise, flow=flow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +163,9 @@ def make_plan(scale: Scale, *, image_size: int, channels: int, class_names: Sequ
         snapshots: int = 0,
         **changes: Any,
     ) -> Training:
-        config = replace(base, name=name, noise=noise, flow=replace(flow, **changes))
-        return Training(name=name, config=config, architecture=architecture, snapshots=snapshots)
+        return Training(
+            name=name, base=base, noise=noise, changes=changes, architecture=architecture, snapshots=snapshots
+        )
 
     total = depth * depth
     depths = [blocks for blocks in range(1, total + 1) if total % blocks == 0 and _is_power(blocks, depth)]
@@ -174,18 +185,19 @@ def make_plan(scale: Scale, *, image_size: int, channels: int, class_names: Sequ
         training("uniform", noise=NoiseProtocol(kind="uniform")),
         *([training("deep-shallow", layers_per_block=stack, conditioned_blocks=(depth - 1,))] if depth > 1 else []),
         training("softplus", scale_function="softplus"),
-        training("width-half", width=scale.width // 2),
-        training("width-double", width=2 * scale.width),
+        training(HALF, width=scale.width // 2),
+        training(DOUBLE, width=2 * scale.width),
     ]
     denoised, raw = SamplingDefaults(denoise=True), SamplingDefaults()
     texts = {
-        BASE: f"{_architecture(flow)}, σ 0.1, denoised, no guidance",
+        BASE: f"{_architecture(depth, depth, scale.width)}, σ 0.1, denoised, no guidance",
         "volume-preserving": "without scales, the prior's variance learned",
         "channel-coupling": "halves of each patch's values in place of autoregression, as many layers",
         "uniform": "uniform dequantization",
         "deep-shallow": f"blocks of {', '.join(map(str, stack))} layers, the class in the last alone",
         "softplus": "scales that are a softplus, which grows only linearly",
-        **{t.name: _architecture(t.config.flow) for t in trainings if t.name.startswith(("depth", "width"))},
+        **{_depth_name(b, total): _architecture(b, total // b, scale.width) for b in depths if b != depth},
+        **{HALF: _architecture(depth, depth, scale.width // 2), DOUBLE: _architecture(depth, depth, 2 * scale.width)},
         **{f"sigma-{std:g}": f"σ {std:g}, denoised" for std in sigmas},
     }
     rows = [
@@ -210,6 +222,16 @@ def make_plan(scale: Scale, *, image_size: int, channels: int, class_names: Sequ
     ] if class_names else []  # fmt: skip
     studies = _studies(depth, total, depths, guidance=bool(class_names))
     return Plan(trainings={t.name: t for t in trainings}, rows={r.name: r for r in rows}, studies=studies)
+
+
+def check_trainings(scale: Scale, names: Collection[str]) -> None:
+    """Refuse a scale that has no such trainings; raises ``ValueError`` that names what was given."""
+    check(
+        HALF not in names or scale.width % (2 * scale.head_dim) == 0,
+        "width",
+        scale.width,
+        f"a multiple of {2 * scale.head_dim}, twice the head_dim, for the row {HALF}; --rows can leave that out",
+    )
 
 
 def _studies(depth: int, total: int, depths: Sequence[int], *, guidance: bool) -> tuple[Study, ...]:
@@ -257,8 +279,8 @@ def _studies(depth: int, total: int, depths: Sequence[int], *, guidance: bool) -
         Study(
             name="size",
             title="Size of the model",
-            rows=("width-half", BASE, "width-double"),
-            claims=(Claim(better="width-double", worse=BASE), Claim(better=BASE, worse="width-half")),
+            rows=(HALF, BASE, DOUBLE),
+            claims=(Claim(better=DOUBLE, worse=BASE), Claim(better=BASE, worse=HALF)),
             paper="larger models are better",
         ),
     ]
@@ -299,5 +321,5 @@ def _depth_name(blocks: int, total: int) -> str:
     return f"depth-{blocks}x{total // blocks}"
 
 
-def _architecture(flow: FlowConfig) -> str:
-    return f"{flow.num_blocks} blocks × {flow.layer_counts[0]} layers, width {flow.width}"
+def _architecture(blocks: int, layers: int, width: int) -> str:
+    return f"{blocks} blocks × {layers} layers, width {width}"

@@ -18,6 +18,8 @@ BEYOND_DOUBT = 2.0
 LOSS_PAPER = "loss and FID fall together"
 NO_CHECKPOINTS = 8
 """Points that the claim about loss and distance needs."""
+LEAST_POINTS = 3
+"""Points that a correlation and a picture need."""
 
 
 def outcome(claim: Claim, rows: dict[str, Measured]) -> tuple[Outcome, str]:
@@ -51,20 +53,30 @@ def study_outcome(outcomes: Sequence[Outcome]) -> str:
 
 
 def spearman(points: Sequence[Measured]) -> float | None:
-    """Spearman's rank correlation of loss and distance; None for fewer than three points."""
-    pairs = _pairs(points)
-    if len(pairs) < 3:
+    """Spearman's rank correlation of loss and distance; None for fewer than three points, or where one is constant."""
+    loss, distance = _series(points)
+    if len(loss) < LEAST_POINTS or _constant(points):
         return None
-    loss, distance = (_ranks(np.array(values)) for values in zip(*pairs, strict=True))
-    return float(np.corrcoef(loss, distance)[0, 1])
+    return float(np.corrcoef(_ranks(loss), _ranks(distance))[0, 1])
 
 
-def _pairs(points: Sequence[Measured]) -> list[tuple[float, float]]:
-    return [
-        (float(point.content["bits_per_dim"]), figure.value)
-        for point in points
-        if (figure := point.figure) is not None and point.content["bits_per_dim"] is not None
-    ]
+def comparable(points: Sequence[Measured]) -> list[Measured]:
+    """The points that have both a finite loss and a distance."""
+    return [point for point in points if point.figure is not None and point.content["bits_per_dim"] is not None]
+
+
+def _series(points: Sequence[Measured]) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and distance of the points that have both."""
+    pairs = [(float(p.content["bits_per_dim"]), p.figure.value) for p in comparable(points) if p.figure is not None]
+    loss, distance = np.array(pairs, np.float64).reshape(-1, 2).T
+    return loss, distance
+
+
+def _constant(points: Sequence[Measured]) -> str:
+    """Which of the two has the same value at all points, so that it has no ranks; empty for neither."""
+    loss, distance = _series(points)
+    names = {"bits/dim": loss, "distance": distance}
+    return " and ".join(name for name, values in names.items() if len(values) and np.ptp(values) == 0)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -78,11 +90,11 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def loss_outcome(points: Sequence[Measured]) -> str:
     """The verdict on the claim that loss and distance fall together."""
-    rho = spearman(points)
-    if rho is None or len(_pairs(points)) < NO_CHECKPOINTS:
+    rho, count = spearman(points), len(comparable(points))
+    if rho is None or count < NO_CHECKPOINTS:
         return "not measured"
     # For ten points the two-sided 5% point of Spearman's ρ is 0.65 (Zar 1972); for eight 0.74.
-    critical = 0.74 if len(_pairs(points)) < 10 else 0.65
+    critical = 0.74 if count < 10 else 0.65
     if abs(rho) < critical:
         return "within noise"
     return "agrees" if rho > 0 else "disagrees"
@@ -104,7 +116,7 @@ def markdown(ablation: Ablation) -> str:
     for study in ablation.plan.studies:
         sections += [f"## {study.title}", f"Paper: {study.paper}.", _table(ablation, study), _claims(ablation, study)]
     sections += ["## Loss and distance over training", _loss_table(ablation)]
-    if len(_pairs(ablation.points)) >= 3:
+    if has_plot(ablation):
         sections += ["![Loss and distance of the base run's checkpoints](loss.svg)"]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -114,10 +126,18 @@ def _summary(ablation: Ablation) -> str:
     for study in ablation.plan.studies:
         verdict = study_outcome([outcome(claim, ablation.rows)[0] for claim in study.claims])
         lines.append(f"| {study.title} | {study.paper} | {verdict} |")
-    rho = spearman(ablation.points)
-    shown = "" if rho is None else f": Spearman's ρ {rho:.2f} over {len(_pairs(ablation.points))} checkpoints"
-    lines.append(f"| Loss and distance over training | {LOSS_PAPER} | {loss_outcome(ablation.points)}{shown} |")
+    verdict, shown = loss_outcome(ablation.points), _correlation(ablation.points)
+    lines.append(f"| Loss and distance over training | {LOSS_PAPER} | {verdict}{shown} |")
     return "\n".join(lines)
+
+
+def _correlation(points: Sequence[Measured]) -> str:
+    rho, count = spearman(points), len(comparable(points))
+    if rho is not None:
+        return f": Spearman's ρ {rho:.2f} over {count} checkpoints"
+    if count >= LEAST_POINTS:
+        return f": no Spearman's ρ, since all {count} checkpoints have the same {_constant(points)}"
+    return ""
 
 
 def _table(ablation: Ablation, study: Study) -> str:
@@ -199,11 +219,15 @@ def to_json(ablation: Ablation) -> dict[str, Any]:
 WIDTH, HEIGHT, LEFT, LOWER = 640, 420, 80, 60
 
 
+def has_plot(ablation: Ablation) -> bool:
+    """Whether there are points enough for :func:`loss_plot`."""
+    return len(comparable(ablation.points)) >= LEAST_POINTS
+
+
 def loss_plot(ablation: Ablation) -> str:
     """Distance over bits/dim of the base run's checkpoints, as SVG; in the order of training, joined by a line."""
-    pairs = _pairs(ablation.points)
-    steps = [p.content["step"] for p in ablation.points if p.figure is not None]
-    x, y = (np.array(values) for values in zip(*pairs, strict=True))
+    steps = [point.content["step"] for point in comparable(ablation.points)]
+    x, y = _series(ablation.points)
     places = list(zip(_scale(x, LEFT, WIDTH - 30), _scale(y, HEIGHT - LOWER, 40), strict=True))
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
     rho = spearman(ablation.points)

@@ -6,7 +6,6 @@ its ``rows/`` a JSON document for every row that is measured on it.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from model.config import NoiseProtocol, SamplingDefaults, check
 from model.flow import Flow
+from training.ablations.documents import read_document, write_document
 from training.ablations.measure import Ruler, draw_samples, figure_from_json, figure_json, make_ruler, sample_labels
-from training.ablations.plan import BASE, Plan, Row, Scale, Training, make_plan
+from training.ablations.plan import BASE, Plan, Row, Scale, Training, check_trainings, make_plan
 from training.baselines.channel_coupling import ChannelCouplingFlow
+from training.checkpoint import data_fingerprint
 from training.classes import class_names
 from training.data import Images, epoch_order
 from training.evaluate import estimate, finite, score_images
@@ -31,10 +32,12 @@ from training.log import RunLog
 from training.run import stop_on_signals
 from training.trainer import StepReport, Trainer, TrainingDiverged
 
-ROWS, SNAPSHOT_ROWS, SNAPSHOTS, DIVERGED = "rows", "snapshots/rows", "snapshots", "diverged.json"
+ROWS, SNAPSHOT_ROWS, SNAPSHOTS = "rows", "snapshots/rows", "snapshots"
+TRAINED, DIVERGED = "training.json", "diverged.json"
 LOSS = "loss"
 """Name under which ``--rows`` knows the snapshots of the base run."""
 SECONDS_PER_LINE = 60.0
+MEASURE_AGAIN = "delete it, and the same command measures it again"
 
 
 class Stopped(Exception):
@@ -128,12 +131,13 @@ def run_ablation(
         num_images=len(train),
     )
     rows, with_points = chosen_rows(plan, options.rows)
+    needed = {row.training for row in rows} | ({BASE} if with_points else set())
+    check_trainings(options.scale, needed)
     _check_counts(options, len(test))
     out.mkdir(parents=True, exist_ok=True)
     _check_scale(out / "scale.json", options.scale)
     bench = _Bench(options, plan, train, test, out, device, say)
     report(bench.collected(data_name))
-    needed = {row.training for row in rows} | ({BASE} if with_points else set())
     for training in plan.trainings.values():
         if training.name not in needed:
             continue
@@ -166,14 +170,15 @@ def _check_scale(path: Path, scale: Scale) -> None:
     """Rows of different budgets do not belong in one table."""
     content = asdict(scale)
     if path.is_file():
-        found = json.loads(path.read_text())
+        advice = "delete it if the options are those that the ablation was begun with, or choose another --out"
+        found = read_document(path, advice)
         differing = [f"{k} ({found.get(k)!r} there, {v!r} here)" for k, v in content.items() if found.get(k) != v]
         if differing:
             raise ValueError(
                 f"{path.parent}: holds an ablation with another {', '.join(differing)}; choose another --out"
             )
     else:
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_document(path, content)
 
 
 @dataclass
@@ -188,6 +193,9 @@ class _Bench:
     device: torch.device
     say: Callable[[str], None]
     _ruler: Ruler | None = None
+
+    def __post_init__(self) -> None:
+        self.test_sha256 = data_fingerprint(self.test)
 
     def ruler(self) -> Ruler:
         """Made when first asked for: a run whose rows are all finished needs none."""
@@ -213,12 +221,12 @@ class _Bench:
             try:
                 complete = self._train(trainer, training, directory)
             except TrainingDiverged as error:
-                (directory / DIVERGED).write_text(json.dumps({"step": trainer.step, "why": str(error)}) + "\n")
+                write_document(directory / DIVERGED, {"step": trainer.step, "why": str(error)})
                 return None
             if not complete:
                 raise Stopped
         facts = {"steps": trainer.step, "skipped_steps": trainer.skipped_steps, "seconds": round(trainer.seconds, 1)}
-        (directory / "training.json").write_text(json.dumps(facts) + "\n")
+        write_document(directory / TRAINED, facts)
         return trainer.averaged_flow()
 
     def _train(self, trainer: Trainer, training: Training, directory: Path) -> bool:
@@ -252,10 +260,11 @@ class _Bench:
         if self._is_done(path, key):
             return
         if flow is None:
-            content = {"key": key, "diverged": json.loads((self.out / training.name / DIVERGED).read_text())}
+            advice = "delete it, and the same command trains its flow again"
+            content = {"key": key, "diverged": read_document(self.out / training.name / DIVERGED, advice, "step")}
         else:
-            facts = json.loads((self.out / training.name / "training.json").read_text())
-            content = {"key": key, **self._measured(flow, training.config.noise, row.sampling), "training": facts}
+            facts = read_document(self.out / training.name / TRAINED, MEASURE_AGAIN)
+            content = {"key": key, **self._measured(flow, training.noise, row.sampling), "training": facts}
         self._write(path, row.name, content)
 
     def measure_snapshot(self, training: Training, step: int) -> None:
@@ -269,7 +278,7 @@ class _Bench:
         flow.load_state_dict(load_file(_snapshot(directory, step), device=str(self.device)))
         flow.eval().requires_grad_(False)
         sampling = self.plan.rows[training.name].sampling
-        content = {"key": key, "step": step, **self._measured(flow, training.config.noise, sampling)}
+        content = {"key": key, "step": step, **self._measured(flow, training.noise, sampling)}
         self._write(path, f"{training.name} after {step} steps", content)
 
     def _measured(self, flow: Flow, noise: NoiseProtocol, sampling: SamplingDefaults) -> dict[str, Any]:
@@ -294,12 +303,13 @@ class _Bench:
         """What a measurement depends on, beside the scale that the whole directory has."""
         options = self.options
         return {
-            "noise": training.config.noise.to_dict(),
+            "noise": training.noise.to_dict(),
             "sampling": sampling.to_dict(),
             "num_samples": options.num_samples,
             "scored_images": options.scored_images,
             "reference_images": options.reference_images,
             "features": f"{options.extractor}/pca{options.components}",
+            "test_sha256": self.test_sha256,
         }
 
     def _snapshot_key(self, step: int) -> dict[str, Any]:
@@ -307,13 +317,10 @@ class _Bench:
 
     @staticmethod
     def _is_done(path: Path, key: dict[str, Any]) -> bool:
-        return path.is_file() and json.loads(path.read_text())["key"] == key
+        return path.is_file() and read_document(path, MEASURE_AGAIN, "key")["key"] == key
 
     def _write(self, path: Path, name: str, content: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        part.replace(path)
+        write_document(path, content)
         distance = content.get("distance")
         shown = "none" if distance is None else f"{distance['value']:.1f} ± {distance['standard_error']:.1f}"
         self.say(f"{name}: distance {shown}")
@@ -324,10 +331,9 @@ class _Bench:
         for row in self.plan.rows.values():
             path = self.out / row.training / ROWS / f"{row.name}.json"
             if self._is_done(path, self._key(self.plan.trainings[row.training], row.sampling)):
-                rows[row.name] = Measured(name=row.name, content=json.loads(path.read_text()))
-        contents = [
-            json.loads(path.read_text()) for path in sorted((self.out / BASE / SNAPSHOT_ROWS).glob("step_*.json"))
-        ]
+                rows[row.name] = Measured(name=row.name, content=read_document(path, MEASURE_AGAIN))
+        snapshots = sorted((self.out / BASE / SNAPSHOT_ROWS).glob("step_*.json"))
+        contents = [read_document(path, MEASURE_AGAIN, "key") for path in snapshots]
         points = [
             Measured(name=f"step_{content['step']:06d}", content=content)
             for content in contents

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,14 +21,14 @@ from model.codecs.base import Identity
 from model.config import NoiseProtocol, SamplingDefaults
 from model.flow import Flow
 from training.ablations.measure import draw_samples, make_ruler
-from training.ablations.plan import BASE, Claim, Scale, make_plan, parse_budget
-from training.ablations.report import loss_outcome, outcome, spearman, study_outcome
-from training.ablations.run import Ablation, AblationOptions, Measured, Stopped, run_ablation, snapshot_steps
+from training.ablations.plan import BASE, Scale, make_plan, parse_budget
+from training.ablations.run import Ablation, AblationOptions, Stopped, run_ablation, snapshot_steps
 from training.baselines.channel_coupling import ChannelCouplingFlow
 from training.cli import app
 from training.config import TrainConfig
 from training.data import Images, load_images
 from training.features import EXTRACTORS, Extractor
+from training.trainer import Trainer
 
 TOY = ["--width", "16", "--head-dim", "8", "--depth", "2", "--batch-size", "8", "--image-size", "8",
        "--num-samples", "40", "--scored-images", "20", "--reference-images", "60", "--components", "8"]  # fmt: skip
@@ -161,6 +160,71 @@ def test_a_signal_ends_it_after_a_step_and_it_continues_exactly(
         assert rows[0][name] == rows[1][name]
 
 
+def test_a_stopped_command_says_so_by_its_status(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer._train_step
+
+    def signalled_step(trainer: Trainer) -> Any:
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "_train_step", signalled_step)
+    assert "the same command continues" in ablate(data, tmp_path / "out", *BUDGET, "--rows", BASE, status=1)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / BASE / "checkpoint.pt").is_file()
+
+
+def test_a_damaged_document_is_named_with_what_to_do(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("--budget", "2 steps", "--rows", "volume,loss")
+    ablate(data, out, *command)
+    row, snapshot = out / BASE / "rows" / f"{BASE}.json", next((out / BASE / "snapshots" / "rows").iterdir())
+    for path, damage, advice in (
+        (out / "scale.json", "{", "or choose another --out"),
+        (out / "scale.json", "[]", "got list, allowed is an object"),
+        (row, '{"key": {', "delete it, and the same command measures it again"),
+        (row, "{}", "it has no 'key'"),
+        (snapshot, "\0", "delete it, and the same command measures it again"),
+    ):
+        whole = path.read_text()
+        path.write_text(damage)
+        error = ablate(data, out, *command, status=2).replace("\n", "")
+        assert f"{path}: damaged" in error
+        assert advice in error
+        path.write_text(whole)
+    row.unlink()
+    assert f"{BASE}: distance" in ablate(data, out, *command)
+
+
+def test_rows_are_measured_again_on_other_test_images(
+    data: Path, tmp_path: Path, make_images: Callable[..., Images], write_idx: Callable[..., Path]
+) -> None:
+    out, command = tmp_path / "out", ("--budget", "2 steps", "--rows", "volume,loss")
+    ablate(data, out, *command)
+    before = document(out)
+    write_idx(data, make_images(60, seed=2), "t10k")
+    again = ablate(data, out, *command)
+    # The flows are the same.
+    assert ": step" not in again
+    after = document(out)
+    for name, row in before["rows"].items():
+        assert after["rows"][name]["bits_per_dim"] != row["bits_per_dim"]
+        assert after["rows"][name]["distance"] != row["distance"]
+    assert len(after["loss"]["points"]) == len(before["loss"]["points"]) > 0
+    assert after["loss"]["points"][0]["distance"] != before["loss"]["points"][0]["distance"]
+
+
+def test_only_the_rows_that_are_asked_for_must_fit(data: Path, tmp_path: Path) -> None:
+    wide = ("--budget", "1 steps", "--head-dim", "16")
+    error = ablate(data, tmp_path / "all", *wide, status=2)
+    assert "width: got 16, allowed is a multiple of 32, twice the head_dim, for the row width-half; --rows" in error
+    assert not (tmp_path / "all").exists()
+    ablate(data, tmp_path / "out", *wide, "--rows", "volume")
+    assert (
+        "| width-half | 2 blocks × 2 layers, width 8 | | | not measured" in (tmp_path / "out/ablation.md").read_text()
+    )
+
+
 def test_a_training_that_diverges_is_a_result(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ablate(data, out, "--budget", "200 steps", "--rows", BASE, "--learning-rate", "1e30")
@@ -231,58 +295,6 @@ def test_every_row_differs_from_the_base_in_one_thing() -> None:
     assert stacks == {(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)}
     assert len(snapshot_steps(400, 10)) == 10
     assert snapshot_steps(400, 10)[-1] == 400
-
-
-def measured(value: float | None, bits: float = 1.0) -> Measured:
-    """A row whose distance has a standard error of about one."""
-    spread = np.linspace(-1, 1, 20)
-    pseudo = [] if value is None else (value + spread * np.sqrt(20) / spread.std(ddof=1)).tolist()
-    content = {"value": value, "uncorrected": value, "pseudo_values": pseudo}
-    return Measured(name="row", content={"bits_per_dim": bits, "distance": None if value is None else content})
-
-
-@pytest.mark.parametrize(
-    ("better", "worse", "expected"),
-    [(10, 30, "agrees"), (30, 10, "disagrees"), (10, None, "agrees"), (None, 10, "disagrees"),
-     (None, None, "not measured")],
-)  # fmt: skip
-def test_outcomes_follow_the_difference(better: float | None, worse: float | None, expected: str) -> None:
-    rows = {"a": measured(better), "b": measured(worse)}
-    assert outcome(Claim(better="a", worse="b"), rows)[0] == expected
-    assert outcome(Claim(better="a", worse="c"), rows)[0] == "not measured"
-
-
-def test_an_order_counts_beyond_two_standard_errors_only() -> None:
-    random = np.random.default_rng(0)
-    base = measured(0)
-    for gap, expected in ((1.5, "within noise"), (-1.5, "within noise"), (2.5, "agrees"), (-2.5, "disagrees")):
-        noise = random.permutation(np.linspace(-1, 1, 20))
-        pseudo = noise * np.sqrt(20) / noise.std(ddof=1) + gap
-        own = np.array(base.content["distance"]["pseudo_values"])
-        content = {"uncorrected": gap, "pseudo_values": (own + pseudo).tolist()}
-        other = Measured(name="row", content={"distance": content})
-        assert outcome(Claim(better="a", worse="b"), {"a": base, "b": other})[0] == expected
-
-
-def test_a_study_is_judged_by_all_its_claims() -> None:
-    assert study_outcome(["agrees", "agrees"]) == "agrees"
-    assert study_outcome(["agrees", "within noise"]) == "agrees in part, the rest within noise"
-    assert study_outcome(["agrees", "disagrees"]) == "disagrees in part"
-    assert study_outcome(["disagrees"]) == "disagrees"
-    assert study_outcome(["agrees", "not measured"]) == "not all measured"
-
-
-def test_spearmans_correlation_is_of_ranks() -> None:
-    together = [measured(value**3, bits=value) for value in range(1, 11)]
-    assert spearman(together) == pytest.approx(1)
-    assert loss_outcome(together) == "agrees"
-    apart = [measured(-value, bits=value) for value in range(1, 11)]
-    assert (spearman(apart), loss_outcome(apart)) == (pytest.approx(-1), "disagrees")
-    assert loss_outcome(together[:7]) == "not measured"
-    assert spearman(together[:2]) is None
-    # Ties: scipy.stats.spearmanr([1, 2, 2, 3], [1, 3, 2, 4]).
-    tied = [measured(d, bits=b) for b, d in ((1, 1), (2, 3), (2, 2), (3, 4))]
-    assert spearman(tied) == pytest.approx(0.9486832980505138)
 
 
 def test_images_are_measured_where_the_extractor_is(make_images: Callable[..., Images], tmp_path: Path) -> None:
