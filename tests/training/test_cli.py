@@ -266,7 +266,8 @@ def test_a_user_s_mistake_is_one_line_and_status_2(preset_file: Path, idx_data: 
     (damaged / FILE_NAME).write_bytes(b"damaged")
     (tmp_path / "file").write_text("")
     train, evaluate = ("train", preset_file, "--data", idx_data, "--out"), ("evaluate", "--data", idx_data)
-    ablate = ("ablate", "--data", idx_data, "--out", tmp_path / "file", "--image-size", 8)
+    ablate = ("ablate", "--data", idx_data, "--out", tmp_path / "file", "--image-size", 8, "--batch-size", 8)
+    ablate += ("--components", 8, "--num-samples", 40)
     mistakes = [
         (("train", "no-such-preset", "--data", idx_data, "--out", out), "no-such-preset"),
         (("train", preset_file, "--data", empty, "--out", out), "no images"),
