@@ -53,7 +53,7 @@ def write_bundle(
     weights, and its configuration their hash.
     The new directory is built beside the old and swapped in, so a reader sees the old bundle, the new one,
     or for an instant none, but never half of one. Raises :class:`BundleError` when the directory holds
-    something else.
+    something else, or the disk cannot take it.
     Raises :class:`BundleDamaged` when a weight is not finite.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
@@ -120,10 +120,16 @@ def _replace_files(directory: Path, files: dict[str, bytes], created: int) -> No
     part, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for name, data in files.items():
-        (part / name).write_bytes(data)
     hashes = {name: sha256(data) for name, data in files.items()}
-    (part / MANIFEST).write_text(json.dumps({"created": created, "sha256": hashes}, indent=2) + "\n")
+    try:
+        for name, data in files.items():
+            (part / name).write_bytes(data)
+        (part / MANIFEST).write_text(json.dumps({"created": created, "sha256": hashes}, indent=2) + "\n")
+    except OSError as error:
+        # A full disk would stay full by it.
+        shutil.rmtree(part, ignore_errors=True)
+        last = "; the last one is kept" if directory.exists() else ""
+        raise BundleError(f"{directory}: cannot be written: {error}{last}") from error
     # An `old` that is there now was left by a crash, and until here it may have been the only whole bundle.
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from model.bundle import CALIBRATION, open_bundle
-from training.commands import Device, clear_errors, progress_bar, show_progress
+from training.commands import Cache, Device, clear_errors, progress_bar, show_progress
 
 ALL = "all sets"
 """Name of the sets taken together."""
@@ -26,6 +26,7 @@ def calibrate(
     bundle: Annotated[str, typer.Argument(help="Bundle directory, or name of a model in the package.")],
     data: Annotated[Path, typer.Option(help="Directory with normal images, as for train.")],
     split: Annotated[str, typer.Option(help="Split of the data: train or test.")] = "train",
+    cache: Cache = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise and of the division into halves.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
     name: Annotated[str, typer.Option(help="Name of the calibration.")] = "default",
@@ -54,7 +55,7 @@ def calibrate(
         from training.card import with_calibration
 
         options = CalibrateOptions(split=split, limit=limit, seed=seed, name=name, batch_size=batch_size)
-        where, normals = resolve_device(device), normal_images(model, data, options)
+        where, normals = resolve_device(device), normal_images(model, data, options, cache)
         for notice in normals.notices:
             # Before the work: who reads that these images are the wrong ones need not wait for it.
             typer.echo(f"{model.name}: {notice}")

@@ -108,16 +108,17 @@ def calibrate_bundle(
     return calibrate(statistics, images.pixels, record, order_seed=options.seed)
 
 
-def normal_images(bundle: Bundle, data: Path, options: CalibrateOptions) -> NormalImages:
+def normal_images(bundle: Bundle, data: Path, options: CalibrateOptions, cache: Path | None = None) -> NormalImages:
     """The images of a data directory to calibrate with, without those that the bundle is known to be trained on.
 
-    Raises :class:`~training.data.DataError` for data that cannot be used or was trained on, and ``ValueError`` for too
-    few different images.
+    ``cache`` is that of :func:`training.data.load_images`. Raises :class:`~training.data.DataError` for data that
+    cannot be used or was trained on, and ``ValueError`` for too few different images.
     """
     if bundle.config.codec is not None:
         raise DataError(f"{bundle.name} models latents of an autoencoder; calibrations are for models of pixels")
     flow, notices = bundle.config.flow, []
-    images, source = load_images(data, options.split, flow.image_size, flow.channels), f"{options.split} split"
+    images = load_images(data, options.split, flow.image_size, flow.channels, cache)
+    source = f"{options.split} split"
     trained_on: Images | None = None
     try:
         if options.split != "train":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import shutil
@@ -62,6 +63,20 @@ class TrainState:
     """Steps up to this one, without a break, that were skipped; 0 in checkpoints that were written without it."""
 
 
+class _File(io.BufferedWriter):
+    """A file that remembers what it was refused with: PyTorch's archives then end with a ``RuntimeError`` of their own,
+    about a position in the file."""
+
+    refusal: OSError | None = None
+
+    def write(self, buffer: Any, /) -> int:
+        try:
+            return super().write(buffer)
+        except OSError as error:
+            self.refusal = error
+            raise
+
+
 def save_checkpoint(directory: Path, state: TrainState) -> None:
     """Write the checkpoint so that a crash leaves either the old or the new one, never half of one.
 
@@ -69,17 +84,25 @@ def save_checkpoint(directory: Path, state: TrainState) -> None:
     """
     path, part = directory / FILE_NAME, directory / f"{FILE_NAME}.part"
     content = {**vars(state), "config": state.config.to_dict()}
+    refusal: OSError | None = None
     try:
-        with part.open("wb") as file:
-            torch.save(content, file)
+        with _File(io.FileIO(part, "wb")) as file:
+            try:
+                torch.save(content, file)
+            finally:
+                refusal = file.refusal
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        why = error if isinstance(error, OSError) else refusal
+        if why is None:
+            raise
+        last = "; the last one is kept" if path.is_file() else ""
+        raise CheckpointError(f"{path}: step {state.step} cannot be written: {why}{last}") from error
+    finally:
         # A full disk would stay full by it.
         part.unlink(missing_ok=True)
-        last = "; the last one is kept" if path.is_file() else ""
-        raise CheckpointError(f"{path}: step {state.step} cannot be written: {error}{last}") from error
 
 
 def load_checkpoint(directory: Path) -> TrainState | None:
@@ -101,21 +124,31 @@ def load_checkpoint(directory: Path) -> TrainState | None:
         raise CheckpointError(f"{path}: cannot be continued: {error}") from error
 
 
-def check_space(directory: Path, module: nn.Module) -> None:
+def check_space(directory: Path, module: nn.Module, codec: nn.Module | None = None) -> None:
     """Refuse a run whose files its disk cannot hold; raises ``ValueError`` that says how much they take.
 
     A checkpoint has four copies of the weights (their average, and two of AdamW's; Muon has one of its own), and is
-    written beside the last one; the bundle has one. What a run that is continued has of them takes its room already.
+    written beside the last one; the bundle has one, and one of the codec's, and is written beside the last one too.
+    What a run that is continued has of them takes its room already.
     """
-    weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    weights, codec_weights = _size(module), 0 if codec is None else _size(codec)
     last, part = (directory / name for name in (FILE_NAME, f"{FILE_NAME}.part"))
     there = 4 * weights * last.is_file() + (part.stat().st_size if part.is_file() else 0)
-    need, free = (2 * 4 + 2) * weights - there, shutil.disk_usage(directory).free
+    check_room(directory, 2 * 4 * weights + 2 * (weights + codec_weights) - there, "checkpoints and the bundle")
+
+
+def check_room(directory: Path, need: int, what: str) -> None:
+    """Refuse a directory on a disk without so many bytes; raises ``ValueError`` that names what they are for."""
+    free = shutil.disk_usage(directory).free
     if free < need:
         raise ValueError(
-            f"out: {directory} has {free / 2**20:,.1f} MiB free, "
-            f"allowed is at least {need / 2**20:,.1f} MiB for checkpoints and the bundle"
+            f"out: {directory} has {free / 2**20:,.1f} MiB free, allowed is at least {need / 2**20:,.1f} MiB for {what}"
         )
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of a module's weights."""
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
 
 
 def data_fingerprint(images: Images) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,9 +23,10 @@ from rich.console import Console
 from model.bundle import open_bundle
 from training.ablations.cli import ablate
 from training.anomaly_cli import anomaly, calibrate
-from training.commands import STOPPED, Device, clear_errors, progress_bar
+from training.commands import STOPPED, Cache, Device, clear_errors, progress_bar
 from training.config import TrainConfig, load_preset, needs_start, preset_names, with_settings
 from training.data_cli import app as data_app
+from training.destinations import check_directory
 from training.evaluate_cli import evaluate
 
 if TYPE_CHECKING:
@@ -71,12 +72,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random in the run.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; the preset's if not given.")] = None,
     sample_every: Annotated[int | None, typer.Option(min=1, help="Steps between sample grids; an epoch.")] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory for decoded images of folders: later runs, and all processes, map them from there."
-        ),
-    ] = None,
+    cache: Cache = None,
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints: what a killed run does again, at most.")
     ] = 120.0,
@@ -112,6 +108,7 @@ def train(
     }
     overrides = {key: value for key, value in options.items() if value is not None}
     with clear_errors():
+        check_directory("out", out)
         fine_tuned = None
         if from_ is not None:
             from training.start import Start
@@ -126,6 +123,7 @@ def train(
         from model.device import resolve_device
         from training.classes import resolve_classes
         from training.data import data_name
+        from training.destinations import held
         from training.latents import encode_once, load_training_images, open_codec
         from training.processes import joined, local_device
         from training.run import Origin, Run
@@ -136,9 +134,12 @@ def train(
             command=_command(preset, data_name(data), out, from_, codec, overrides, settings or ()),
             data_name=data_name(data),
         )
-        with joined(torch_device) as processes:
+        with joined(torch_device) as processes, ExitStack() as until_the_end:
+            with processes.together():
+                if processes.is_first:
+                    until_the_end.enter_context(held(out))
             say: Callable[[str], None] = typer.echo if processes.is_first else _silent
-            # What the first process writes while it prepares the data, the others only read.
+            # What the first process of a host writes while it prepares the data, the others only read.
             alone_first = cache is not None or autoencoder is not None
             in_turn: AbstractContextManager[None] = processes.first_before_others() if alone_first else nullcontext()
             with processes.together(), in_turn:
@@ -173,6 +174,9 @@ def train(
                     f"learning rate never reaches {config.optimization.learning_rate:g}"
                 )
             complete = run.execute()
+            if not complete:
+                # torchrun ends all processes once one has left with an error: none goes while the first one writes.
+                processes.gather(None)
     if complete:
         say(f"finished {trainer.step} steps; the model is in {out / 'bundle'}")
     else:
@@ -229,6 +233,7 @@ def sweep(
     ] = 500,
     reference_images: Annotated[int, typer.Option(min=1, help="Real images to compare with, at most.")] = 5000,
     split: Annotated[str, typer.Option(help="Split of the real images: test or train.")] = "test",
+    cache: Cache = None,
     seed: Annotated[int, typer.Option(min=0, help="Sample i has the seed SEED + i.")] = 0,
     device: Device = "auto",
     save: Annotated[
@@ -267,6 +272,7 @@ def sweep(
             split=split,
             seed=seed,
         )
+        check_directory("out", out)
         out.mkdir(parents=True, exist_ok=True)
         with progress_bar() as progress:
             task = progress.add_task("real images", total=None)
@@ -274,7 +280,7 @@ def sweep(
             def show(text: str, done: int, total: int) -> None:
                 progress.update(task, description=text, completed=done, total=total)
 
-            result = run_sweep(model, data, options, resolve_device(device), show)
+            result = run_sweep(model, data, options, resolve_device(device), show, cache)
         report, document = markdown(result), json.dumps(to_json(result), indent=2) + "\n"
         (out / "sweep.md").write_text(report)
         (out / "sweep.json").write_text(document)
@@ -303,6 +309,7 @@ def tune(
     num_images: Annotated[int, typer.Option(help="Images to sample, and to look at.")] = 32,
     tolerance: Annotated[float, typer.Option(help="Backward error that images must stay below.")] = 1e-3,
     split: Annotated[str, typer.Option(help="Split of the data: train or test.")] = "train",
+    cache: Cache = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")] = 0,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print, but leave the bundle alone.")] = False,
@@ -326,7 +333,7 @@ def tune(
             def show(text: str) -> None:
                 progress.update(task, description=text)
 
-            tuning = measure(model, data, options, resolve_device(device), show)
+            tuning = measure(model, data, options, resolve_device(device), show, cache)
         if not dry_run:
             update_bundle(model, convergence=tuning.profile)
         if as_json:

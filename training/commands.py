@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Directory for decoded images of folders: later runs, and all processes, map them from there."),
+]
 
 STOPPED = 1
 """Status of a command that a signal ended before it was complete, though it keeps everything and the same command
@@ -38,6 +43,9 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
+    except FileExistsError as error:
+        # The system's own words do not say that a directory was wanted.
+        _fail(f"{error.filename}: is a file, allowed is a directory, or the path of a new one", 2)
     except (ValueError, OSError) as error:
         if isinstance(error, ToldElsewhere):
             raise typer.Exit(2) from error

@@ -43,6 +43,8 @@ def _check_count(record: Record, name: str, low: int) -> None:
 
 STARTED_FROM = "started_from"
 """Field of a run's ``config.yaml`` that names the bundle it began with, where it began with one."""
+MODEL = ("flow", "noise")
+"""What a preset says of its model; one that says neither is for fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +213,8 @@ class TrainConfig(Record):
         converted = dict(data)
         for name, record in RECORDS.items():
             if name in converted:
+                value = converted[name]
+                check(isinstance(value, Mapping), name, value, f"a mapping of its fields ({_some_fields(record)})")
                 try:
                     converted[name] = record.from_dict(converted[name])
                 except ValueError as error:
@@ -231,6 +235,10 @@ class TrainConfig(Record):
             else:
                 config = replace(config, **{key: value})
         return config
+
+
+def _some_fields(record: type[Record]) -> str:
+    return ", ".join([*(f.name for f in fields(record)[:3]), "…"])  # type: ignore[arg-type]
 
 
 RECORDS: dict[str, type[Record]] = {
@@ -312,8 +320,13 @@ def read_preset(name_or_path: str) -> Any:
     path = _preset_path(name_or_path)
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"preset {path}: got {error.reason} at byte {error.start}, allowed is text in UTF-8"
+        ) from error
     except yaml.YAMLError as error:
-        raise ValueError(f"preset {path}: not valid YAML: {error}") from error
+        # PyYAML's own text has the place in lines of its own.
+        raise ValueError(f"preset {path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _preset_path(name_or_path: str) -> Path:
@@ -341,8 +354,14 @@ def load_preset(name_or_path: str, defaults: Mapping[str, Any] | None = None) ->
             start,
             "none without --from BUNDLE: the run began with these weights",
         )
+        check(
+            defaults is not None or not content.keys().isdisjoint(MODEL),
+            "from",
+            None,
+            f"--from BUNDLE: the preset {preset} leaves the model to the bundle that it fine-tunes",
+        )
         content = _with_defaults(content, defaults or {})
-        for name in ("name", "flow", "noise"):
+        for name in ("name", *MODEL):
             check(name in content, f"preset {preset}: {name}", None, "one in its file, or that of --from BUNDLE")
     return TrainConfig.from_dict(content)
 

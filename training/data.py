@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from model.images import ImageError, fit_image, load_image
 from training import huggingface
 from training.image_cache import DataError, cache_key, cached_pixels
-from training.source import Source
+from training.source import TEST_NAMES, Source
 
 __all__ = ["DataError", "Images", "epoch_order", "load_images"]
 
@@ -95,14 +95,20 @@ def _load_idx(directory: Path, split: str, image_size: int, channels: int) -> Im
     return Images(pixels[:, None], classes.astype(np.int64))
 
 
+def find_test(directory: Path) -> Path | None:
+    """The folder of a directory's test split: ``test``, or else ``validation`` or ``val``; None if there is none."""
+    return next((directory / name for name in TEST_NAMES if (directory / name).is_dir()), None)
+
+
 def _load_folders(
     directory: Path, split: str, image_size: int, channels: int, cache: Path | None, say: Callable[[str], None]
 ) -> Images:
-    root = directory / split if (directory / split).is_dir() else directory
+    root = find_test(directory) if split == "test" else directory / split
+    root = root if root is not None and root.is_dir() else directory
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if root is directory:
         # Class folders beside a test folder: what is tested on is no class to train on.
-        folders = [folder for folder in folders if folder.name != "test"]
+        folders = [folder for folder in folders if folder.name not in TEST_NAMES]
     if not folders:
         folders = [root]
     paths: list[Path] = []
@@ -185,8 +191,9 @@ def load_images(
         raise DataError(f"{directory}: no such directory")
     if any(directory.glob("*-images?idx3-ubyte*")):
         return _load_idx(directory, split, image_size, channels)
-    if split == "test" and not (directory / "test").is_dir():
-        raise DataError(f"{directory}: no test split (expected t10k-* IDX files or a folder named test)")
+    if split == "test" and find_test(directory) is None:
+        expected = f"t10k-* IDX files or a folder named {', '.join(TEST_NAMES[:-1])} or {TEST_NAMES[-1]}"
+        raise DataError(f"{directory}: no test split (expected {expected})")
     return _load_folders(directory, split, image_size, channels, cache, say)
 
 

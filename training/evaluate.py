@@ -26,7 +26,7 @@ from model.weights import load_flow
 from training.accuracy import Z_95, Accuracy, recognize_images
 from training.classes import match_labels
 from training.data import DataError, Images, data_name, epoch_order
-from training.latents import load_bundle_images
+from training.latents import load_known_images, modelled
 from training.noisy import noisy_batches
 from training.provenance import training_split
 from training.soundness import Soundness, sample_soundness
@@ -177,23 +177,25 @@ def evaluate_bundle(
     options: EvaluationOptions,
     device: torch.device,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    cache: Path | None = None,
 ) -> Evaluation:
     """Score a bundle on the data's split and, if they are at hand, on images it was trained on.
 
     ``on_progress`` is told the images scored so far and their whole number; an image that is classified counts once
-    for every class, and a sample counts as one. Raises :class:`~training.data.DataError` or
-    :class:`~model.bundle.BundleError`.
+    for every class, and a sample counts as one. ``cache`` is that of :func:`training.data.load_images`. Raises
+    :class:`~training.data.DataError` or :class:`~model.bundle.BundleError`.
     """
     config = bundle.config
     conditional = bool(config.flow.num_classes) and not options.ignore_classes
-    images = load_bundle_images(bundle, data, options.split, device).part(None, options.limit)
+    images = modelled(bundle, load_known_images(bundle, data, options.split, cache).part(None, options.limit), device)
     recognizes = bool(config.flow.num_classes) and options.accuracy
     if conditional or recognizes:
         images = match_labels(images, config.class_names, config.name)
     try:
         count = len(images) if options.train_limit is None else options.train_limit
-        trained_on = sample_images(_training_images(bundle, data, options, count, device), count, options.seed)
-        no_gap_because = ""
+        known = sample_images(_training_images(bundle, data, options, count, cache), count, options.seed)
+        # Known by their digests: only those that are scored need an encoder.
+        trained_on, no_gap_because = modelled(bundle, known, device), ""
     except DataError as error:
         trained_on, no_gap_because = None, str(error)
     flow = load_flow(bundle, device)
@@ -253,13 +255,11 @@ def evaluate_bundle(
     )
 
 
-def _training_images(
-    bundle: Bundle, data: Path, options: EvaluationOptions, count: int, device: torch.device
-) -> Images:
-    """The images the bundle was trained on; :class:`DataError` when ``data`` does not hold just these."""
+def _training_images(bundle: Bundle, data: Path, options: EvaluationOptions, count: int, cache: Path | None) -> Images:
+    """The 8-bit images the bundle was trained on; :class:`DataError` when ``data`` does not hold just these."""
     if options.split == "train" or count == 0:
         raise DataError("not asked for")
-    return training_split(bundle, load_bundle_images(bundle, data, "train", device)).trained_on
+    return training_split(bundle, load_known_images(bundle, data, "train", cache)).trained_on
 
 
 def sample_images(images: Images, count: int, seed: int) -> Images:

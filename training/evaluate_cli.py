@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from model.bundle import open_bundle
-from training.commands import Device, clear_errors, progress_bar, show_progress
+from training.commands import STOPPED, Cache, Device, clear_errors, progress_bar, show_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i gets the noise of seed + i.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
+    cache: Cache = None,
     device: Device = "auto",
     write_card: Annotated[
         bool, typer.Option("--write-card", help="Store the figures in the bundles' CARD.md.")
@@ -122,19 +123,19 @@ def evaluate(
             batch_size=batch_size,
         )
         torch_device, opened = resolve_device(device), [open_bundle(text) for text in bundles]
-        if wanted is None:
+        if wanted is None or report is None:
             bench = None
         else:
             from training.full_report import Bench
 
-            bench = Bench.prepare(opened, wanted, torch_device)
+            bench = Bench.prepare(opened, wanted, report, torch_device, cache)
         evaluations, cards = [], {}
         with progress_bar() as progress:
             for bundle in opened:
                 show = partial(show_progress, progress, progress.add_task(bundle.name, total=None))
-                evaluations.append(evaluate_bundle(bundle, data, options, torch_device, show))
-            if bench is not None and report is not None:
-                cards = _write_reports(bench, evaluations, data, report, torch_device, progress)
+                evaluations.append(evaluate_bundle(bundle, data, options, torch_device, show, cache))
+            if bench is not None:
+                cards = _write_reports(bench, evaluations, data, torch_device, progress)
         if write_card:
             for evaluation in evaluations:
                 section = cards.get(evaluation.bundle.path, markdown(evaluation))
@@ -149,7 +150,7 @@ def evaluate(
 
 
 def _write_reports(
-    bench: Bench, evaluations: list[Evaluation], data: Path, out: Path, device: torch.device, progress: Progress
+    bench: Bench, evaluations: list[Evaluation], data: Path, device: torch.device, progress: Progress
 ) -> dict[Path, str]:
     """Write the reports; returns what they say for the card of each bundle, by its path."""
     from training.baselines.equal import Stopped
@@ -162,8 +163,8 @@ def _write_reports(
         progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        reports = bench.write_reports(evaluations, data, out, device, say, begin)
+        reports = bench.write_reports(evaluations, data, device, say, begin)
     except Stopped:
         say("stopped, checkpoint written; the same command continues the baseline")
-        raise typer.Exit(1) from None
+        raise typer.Exit(STOPPED) from None
     return {report.evaluation.bundle.path: card_section(report) for report in reports}

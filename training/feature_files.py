@@ -65,6 +65,9 @@ def read_statistics(path: Path) -> Moments:
     """The moments in a reference file; raises ``ValueError`` that says what is wrong with it."""
     try:
         file = np.load(path, allow_pickle=False)
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"statistics: got {path}, which cannot be read ({why}), allowed is an .npz file") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"statistics: got {path}, allowed is an .npz file") from error
     if not isinstance(file, np.lib.npyio.NpzFile):

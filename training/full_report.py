@@ -20,11 +20,12 @@ from training.baselines.equal import (
     train_baseline,
 )
 from training.classes import match_labels
+from training.destinations import check_directory, check_file
 from training.evaluate import Evaluation
 from training.feature_files import open_extractor, read_statistics, write_statistics
 from training.features import Extractor
 from training.frechet import Moments
-from training.latents import load_bundle_images
+from training.latents import load_known_images, modelled
 from training.quality import Begin, QualityOptions, measure_quality
 from training.quality_report import Report, write_report
 from training.trainer import StepReport
@@ -58,15 +59,26 @@ class ReportOptions:
 class Bench:
     """What the reports of all bundles share, looked at before anything is measured."""
 
+    out: Path
+    """Directory of the report, or of those of several."""
     options: ReportOptions
     extractor: Extractor
     statistics: Moments | None
     statistics_name: str
+    cache: Path | None
+    """Directory of decoded images, as in :func:`training.data.load_images`."""
 
     @classmethod
-    def prepare(cls, bundles: Sequence[Bundle], options: ReportOptions, device: torch.device) -> Bench:
+    def prepare(
+        cls,
+        bundles: Sequence[Bundle],
+        options: ReportOptions,
+        out: Path,
+        device: torch.device,
+        cache: Path | None = None,
+    ) -> Bench:
         """Raises ``ValueError`` for two bundles of one name, files that are not what they should be or do not go
-        together, and a bundle without what its baseline needs."""
+        together or cannot be written, and a bundle without what its baseline needs."""
         names = [bundle.name for bundle in bundles]
         if len(set(names)) < len(names):
             raise ValueError(f"bundles: got {', '.join(names)}, allowed is different names for reports of several")
@@ -79,6 +91,10 @@ class Bench:
         if options.baseline:
             for bundle in bundles:
                 baseline_width(baseline_config(bundle, options.baseline_images).flow)
+        for path in _directories(out, bundles):
+            check_directory("report", path)
+        if options.statistics_out is not None:
+            check_file("statistics_out", options.statistics_out)
         extractor = open_extractor(options.extractor, device)
         statistics = None if options.statistics is None else read_statistics(options.statistics)
         if statistics is not None and len(statistics.mean_F) != extractor.num_features:
@@ -87,24 +103,31 @@ class Bench:
                 f"{extractor.num_features} of {extractor.name}"
             )
         name = "" if options.statistics is None else options.statistics.name
-        return cls(options=options, extractor=extractor, statistics=statistics, statistics_name=name)
+        return cls(
+            out=out,
+            options=options,
+            extractor=extractor,
+            statistics=statistics,
+            statistics_name=name,
+            cache=cache,
+        )
 
     def write_reports(
         self,
         evaluations: Sequence[Evaluation],
         data: Path,
-        out: Path,
         device: torch.device,
         say: Callable[[str], None] = lambda text: None,
         begin: Begin = lambda text, total: lambda count: None,
     ) -> list[Report]:
-        """Write the report of one bundle into ``out``, those of several into directories with the bundles' names.
+        """Write the report of one bundle into :attr:`out`, those of several into directories with the bundles' names.
 
         Raises what :func:`training.quality.measure_quality` and :func:`training.baselines.equal.train_baseline` raise.
         """
+        directories = _directories(self.out, [evaluation.bundle for evaluation in evaluations])
         return [
-            self._report(e, data, out / e.bundle.name if len(evaluations) > 1 else out, device, say, begin)
-            for e in evaluations
+            self._report(evaluation, data, out, device, say, begin)
+            for evaluation, out in zip(evaluations, directories, strict=True)
         ]
 
     def _report(
@@ -118,7 +141,9 @@ class Bench:
     ) -> Report:
         bundle, options = evaluation.bundle, self.options
         flow = load_flow(bundle, device)
-        quality = measure_quality(bundle, flow, data, self.extractor, options.quality, self.statistics, begin)
+        quality = measure_quality(
+            bundle, flow, data, self.extractor, options.quality, self.statistics, begin, self.cache
+        )
         if options.statistics_out is not None:
             write_statistics(options.statistics_out, quality.reference)
         report = Report(evaluation=evaluation, quality=quality, baseline=None, statistics_name=self.statistics_name)
@@ -145,8 +170,10 @@ class Bench:
 
         bundle, how = evaluation.bundle, evaluation.options
         count, rate = self.options.baseline_images, self.options.baseline_learning_rate
-        flow, trainer = train_baseline(bundle, data, run, device, images=count, learning_rate=rate, observe=observe)
-        images = load_bundle_images(bundle, data, how.split, device).part(None, how.limit)
+        flow, trainer = train_baseline(
+            bundle, data, run, device, images=count, learning_rate=rate, cache=self.cache, observe=observe
+        )
+        images = modelled(bundle, load_known_images(bundle, data, how.split, self.cache).part(None, how.limit), device)
         if evaluation.conditional:
             images = match_labels(images, bundle.config.class_names, bundle.name)
         return score_baseline(
@@ -159,3 +186,8 @@ class Bench:
             seed=how.seed,
             batch_size=how.batch_size,
         )
+
+
+def _directories(out: Path, bundles: Sequence[Bundle]) -> list[Path]:
+    """Where the report of each bundle is written."""
+    return [out / bundle.name for bundle in bundles] if len(bundles) > 1 else [out]

@@ -1,7 +1,8 @@
 """Data sets of Hugging Face's ``datasets`` (the extra ``huggingface``): saved in a directory, or on the hub.
 
 The images are the first column of images, the classes those of the column ``label``, or of the first column of
-classes; without one all images are one class. For testing there is the split ``test``, or ``validation``.
+classes; without one all images are one class. For testing there is the split ``test``, or else
+``validation`` or ``val``.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from training.image_cache import DataError
-from training.source import Source
+from training.source import TEST_NAMES, Source
 
 HUB = "hf:"
 """What stands before the name of a data set on the hub."""
 SAVED = ("dataset_dict.json", "state.json")
 """Files by which a directory is known that ``save_to_disk`` wrote, of several splits or of one."""
-SPLITS = {"train": ("train",), "test": ("test", "validation")}
+SPLITS = {"train": ("train",), "test": TEST_NAMES}
 
 
 def is_on_hub(directory: Path) -> bool:

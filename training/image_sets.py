@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from model.images import Decoded, ImageError, fit_image, load_image
-from training.data import IMAGE_SUFFIXES, DataError, epoch_order, load_images
+from training.data import IMAGE_SUFFIXES, DataError, epoch_order, find_test, load_images
 
 GOOD, GROUND_TRUTH = "good", "ground_truth"
 LIGHT = 128
@@ -82,7 +82,7 @@ def load_set(
     if any(directory.glob("*-images?idx3-ubyte*")):
         split = "test" if any(directory.glob("t10k-images?idx3-ubyte*")) else "train"
         return ImageSet(name, load_images(directory, split, image_size, channels).part(None, limit).pixels)
-    root = directory / "test" if (directory / "test").is_dir() else directory
+    root = find_test(directory) or directory
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not files:
         raise DataError(f"{root}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")

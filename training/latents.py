@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from model.bundle import Bundle, check_codec
 from model.codecs.base import Codec, Latents
 from model.codecs.config import CodecConfig
 from model.codecs.weights import load_codec, pack, read_autoencoder
-from training.checkpoint import data_fingerprint
+from training.checkpoint import check_room, data_fingerprint
 from training.data import Images, load_images
+from training.tensors import write_tensors
 
 if TYPE_CHECKING:
     from model.codecs.autoencoder_kl import AutoencoderKL
@@ -59,11 +59,26 @@ def load_training_images(
     return load_images(data, "train", size, channels, cache, say)
 
 
-def load_bundle_images(bundle: Bundle, data: Path, split: str, device: torch.device) -> Images:
-    """A split as a bundle's flow models it: 8-bit images, or the latents that the bundle's codec makes of them."""
+def load_known_images(bundle: Bundle, data: Path, split: str, cache: Path | None = None) -> Images:
+    """A split as 8-bit images that a bundle's record knows again; ``cache`` as in :func:`training.data.load_images`.
+
+    Of a model of latents :func:`modelled` makes the latents of those that are wanted.
+    """
     config = bundle.config
-    images = load_images(data, split, config.image_size, config.image_channels)
-    return images if config.codec is None else encode(with_digests(images, config.codec), load_codec(bundle, device))
+    images = load_images(data, split, config.image_size, config.image_channels, cache)
+    return images if config.codec is None else with_digests(images, config.codec)
+
+
+def modelled(bundle: Bundle, images: Images, device: torch.device) -> Images:
+    """8-bit images as a bundle's flow models them: as they are, or the latents that its codec makes of them."""
+    return images if bundle.config.codec is None else encode(images, load_codec(bundle, device))
+
+
+def load_bundle_images(
+    bundle: Bundle, data: Path, split: str, device: torch.device, cache: Path | None = None
+) -> Images:
+    """A whole split as a bundle's flow models it."""
+    return modelled(bundle, load_known_images(bundle, data, split, cache), device)
 
 
 def with_digests(images: Images, codec: CodecConfig) -> Images:
@@ -80,7 +95,11 @@ def encode(images: Images, codec: Codec) -> Images:
 
 
 def encode_once(images: Images, autoencoder: AutoencoderKL, out: Path, device: torch.device) -> Images:
-    """:func:`encode`, kept in the run's directory: a run that is continued has the very same latents on any device."""
+    """:func:`encode`, kept in the run's directory: a run that is continued has the very same latents on any device.
+
+    Raises ``ValueError`` before the first image where the disk has no room for them, and ``OSError`` where it is full
+    later.
+    """
     path = out / CACHE
     described, _ = pack(autoencoder)
     made_of = {"images": data_fingerprint(images), "codec": described.sha256}
@@ -91,9 +110,9 @@ def encode_once(images: Images, autoencoder: AutoencoderKL, out: Path, device: t
                 return replace(images, pixels=file.get_tensor("latents"))
     except (OSError, SafetensorError):
         pass  # There is none, or one that was cut off: it is made anew.
-    encoded = encode(images, Latents(autoencoder.to(device)))
     out.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({"latents": torch.from_numpy(encoded.pixels)}, part, metadata=made_of)
-    part.replace(path)
+    config, side = autoencoder.config, images.pixels.shape[-1] // autoencoder.config.factor
+    check_room(out, 4 * len(images) * config.latent_channels * side**2, "the latents")
+    encoded = encode(images, Latents(autoencoder.to(device)))
+    write_tensors(path, {"latents": torch.from_numpy(encoded.pixels)}, made_of)
     return encoded

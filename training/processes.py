@@ -36,6 +36,8 @@ class Processes:
     """Number of this process, from 0."""
     size: int = 1
     """How many there are."""
+    local_rank: int = 0
+    """Number of this process among those of its host, from 0."""
     control: Any = None
     """The group over gloo for everything that is no tensor on the device; None for a single process."""
 
@@ -78,13 +80,15 @@ class Processes:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """What is inside, the first process does alone; the others when it is done, and so find what it made."""
-        if not self.is_first:
+        """What is inside, the first process does alone; then the first one of every other host, which finds what that
+        made where they share a disk; at last the others, which find what was made on their own host."""
+        turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
             self.gather(None)
         try:
             yield
         finally:
-            if self.is_first:
+            for _ in range(turn, 2):
                 self.gather(None)
 
     @contextmanager
@@ -142,7 +146,9 @@ def joined(device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     rank, size = dist.get_rank(), dist.get_world_size()
-    processes = Processes(rank, size, cast("Any", dist.new_group(backend="gloo", timeout=PATIENCE)))
+    # Where another launcher does not say which processes share a host, all wait for the first one.
+    local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
+    processes = Processes(rank, size, local_rank, cast("Any", dist.new_group(backend="gloo", timeout=PATIENCE)))
     try:
         yield processes
     except RuntimeError as error:

@@ -152,13 +152,15 @@ def measure_quality(
     options: QualityOptions,
     statistics: Moments | None = None,
     begin: Begin = lambda text, total: lambda count: None,
+    cache: Path | None = None,
 ) -> Quality:
     """Draw samples of a bundle and measure them; with ``statistics`` also their Fréchet distance from these.
 
-    Raises ``ValueError`` for options that do not fit, and :class:`~training.data.DataError`.
+    ``cache`` is that of :func:`training.data.load_images`. Raises ``ValueError`` for options that do not fit, and
+    :class:`~training.data.DataError`.
     """
     config, device, codec = bundle.config, flow.prior_variance.device, load_codec(bundle, flow.prior_variance.device)
-    test, train = (_load(bundle, data, split) for split in ("test", "train"))
+    test, train = (_load(bundle, data, split, cache) for split in ("test", "train"))
     if min(len(test), len(train)) < FEWEST:
         raise DataError(
             f"{data}: a report compares with at least {FEWEST} test and as many training images; "
@@ -215,10 +217,10 @@ def measure_quality(
     )
 
 
-def _load(bundle: Bundle, data: Path, split: str) -> Images:
+def _load(bundle: Bundle, data: Path, split: str, cache: Path | None) -> Images:
     """8-bit images of a split, with the bundle's labels."""
     config = bundle.config
-    images = load_images(data, split, config.image_size, config.image_channels)
+    images = load_images(data, split, config.image_size, config.image_channels, cache)
     return match_labels(images, config.class_names, config.name) if config.flow.num_classes else images
 
 

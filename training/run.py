@@ -92,7 +92,7 @@ class Run:
             class_names=config.class_names,
             codec=None if codec is None else codec.config,
         )
-        self.trainer = Trainer(config, images, out, device, processes=processes, start=start)
+        self.trainer = Trainer(config, images, out, device, processes=processes, start=start, codec=codec)
         self._config, self._out, self._origin, self._console = config, out, origin, console
         self._checkpoint_seconds = checkpoint_seconds
         self._samples_png: bytes | None = None

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+TEST_NAMES = ("test", "validation", "val")
+"""What the split to test on is called; of several that there are, the first one is it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:

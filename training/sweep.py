@@ -242,11 +242,13 @@ def run_sweep(
     options: SweepOptions,
     device: torch.device,
     on_progress: Callable[[str, int, int], None] = lambda text, done, total: None,
+    cache: Path | None = None,
 ) -> Sweep:
     """Measure all settings of the grids; ``on_progress`` is told what is done, and images so far and in all.
 
-    Raises ``ValueError`` for options that do not fit the model, :class:`~training.data.DataError`,
-    :class:`~model.bundle.BundleError` or :class:`~training.features.ExtractorError`.
+    ``cache`` is that of :func:`training.data.load_images`. Raises ``ValueError`` for options that do not fit the
+    model, :class:`~training.data.DataError`, :class:`~model.bundle.BundleError` or
+    :class:`~training.features.ExtractorError`.
     """
     flow_config, noise = bundle.config.flow, bundle.config.noise
     check(bool(options.grids), "modes", "none", "conditional, unconditional or both")
@@ -259,7 +261,7 @@ def run_sweep(
     settings = {mode: mode_settings(bundle.sampling, grid, mode) for mode, grid in options.grids.items()}
     if bundle.config.codec is not None:
         raise DataError(f"{bundle.name} models latents of an autoencoder; sweeps are for models of pixels")
-    images = load_images(data, options.split, flow_config.image_size, flow_config.channels)
+    images = load_images(data, options.split, flow_config.image_size, flow_config.channels, cache)
     if flow_config.num_classes:
         images = match_labels(images, bundle.config.class_names, bundle.name)
     kept = epoch_order(len(images), seed=0, epoch=0)[: options.reference_images]

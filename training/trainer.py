@@ -84,14 +84,15 @@ class Trainer:
         *,
         processes: Processes = ALONE,
         start: Start | None = None,
+        codec: torch.nn.Module | None = None,
     ) -> None:
         """``build`` makes the flow of a configuration: a baseline is trained by the same loop. With a ``start`` the
-        first step begins with its weights."""
+        first step begins with its weights. The disk has to have room for a ``codec`` in the bundle too."""
         self.config, self.out, self.device, self._build, self.processes = config, out, device, build, processes
         self.started_from = "" if start is None else start.bundle.model_id
         with processes.together():
             self._check(images, start)
-        self._start(start)
+        self._start(start, codec)
 
     def _check(self, images: Images, start: Start | None) -> None:
         """Refuse what cannot be trained; nothing is written yet."""
@@ -128,7 +129,7 @@ class Trainer:
         self.total_steps = max(1, round(options.epochs * self.steps_per_epoch))
         self.warmup_steps = round(options.warmup_epochs * self.steps_per_epoch)
 
-    def _start(self, start: Start | None) -> None:
+    def _start(self, start: Start | None, codec: torch.nn.Module | None) -> None:
         """Weights, optimizer and average: new, a bundle's, or from the checkpoint of the first process."""
         config, options, processes = self.config, self.config.optimization, self.processes
         hashes = processes.gather(self.data_sha256)
@@ -155,7 +156,7 @@ class Trainer:
                 if state is not None:
                     check_continues(self.out, state, config, self.data_sha256, self.started_from)
                 self.out.mkdir(parents=True, exist_ok=True)
-                check_space(self.out, self.flow)
+                check_space(self.out, self.flow, codec)
         state = processes.from_first(state)
         if state is not None:
             self.flow.load_state_dict(state.model)

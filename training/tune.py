@@ -22,7 +22,7 @@ from model.sampling.sampler import Sampler
 from model.weights import load_flow
 from training.classes import match_labels
 from training.data import Images
-from training.latents import load_bundle_images
+from training.latents import load_known_images, modelled
 
 BATCHES = (1, 16, 64)
 """Batch sizes for which the plan on this device is shown."""
@@ -58,19 +58,27 @@ class Tuning:
     """The plan by batch size, here, with guidance as measured."""
 
 
-def tune(bundle: Bundle, data: Path, options: TuneOptions, device: torch.device, show: Callable[[str], None]) -> Tuning:
+def tune(
+    bundle: Bundle,
+    data: Path,
+    options: TuneOptions,
+    device: torch.device,
+    show: Callable[[str], None],
+    cache: Path | None = None,
+) -> Tuning:
     """Measure a bundle's convergence profile with its recommended sampling parameters.
 
-    ``show`` is told what comes next. Raises :class:`training.data.DataError` for unusable data, and ``ValueError``
-    for classes that do not fit or a model whose samples are not finite.
+    ``show`` is told what comes next; ``cache`` is that of :func:`training.data.load_images`. Raises
+    :class:`training.data.DataError` for unusable data, and ``ValueError`` for classes that do not fit or a model whose
+    samples are not finite.
     """
     config, flow_config = bundle.config, bundle.config.flow
-    images = load_bundle_images(bundle, data, options.split, device)
+    images = load_known_images(bundle, data, options.split, cache)
     if flow_config.num_classes:
         images = match_labels(images, config.class_names, config.name)
     # Spread over the data, since folders of images come class by class.
     index = np.linspace(0, len(images) - 1, min(options.num_images, len(images))).astype(np.int64)
-    images = Images(images.pixels[index], images.labels[index], images.class_names)
+    images = modelled(bundle, Images(images.pixels[index], images.labels[index], images.class_names), device)
     flow = load_flow(bundle, device)
     seeds = range(options.seed, options.seed + len(images))
     shape = images.pixels.shape[1:]

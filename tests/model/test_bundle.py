@@ -34,6 +34,7 @@ from model.bundle import (
 from model.config import FlowConfig, NoiseProtocol, SamplingDefaults
 from model.flow import Flow
 from model.weights import load_flow, update_bundle, write_bundle
+from tests.full_disk import full_disk
 
 MakeFlow = Callable[..., Flow]
 SAMPLING = SamplingDefaults(guidance_scale=1.5, guidance_schedule="linear", denoise=True)
@@ -332,6 +333,12 @@ class TestShapes:
         with pytest.raises(BundleDamaged, match="not finite"):
             write_bundle(bundle.path, bundle_config(flow), flow, SAMPLING, "")
         assert bundle.path.is_dir(), "the bundle that was there stays"
+
+    def test_a_full_disk(self, bundle: Bundle, flow: Flow, tmp_path: Path) -> None:
+        with full_disk(1000), pytest.raises(BundleError, match=r"tiny: cannot be written: .*; the last one is kept"):
+            write_bundle(bundle.path, bundle_config(flow), flow, SAMPLING, "another")
+        assert read_bundle(bundle.path).model_id == bundle.model_id
+        assert list(tmp_path.iterdir()) == [bundle.path]
 
 
 class TestFinding:

@@ -294,13 +294,17 @@ def test_a_user_s_mistake_is_one_line_and_status_2(preset_file: Path, idx_data: 
     (damaged / FILE_NAME).write_bytes(b"damaged")
     (tmp_path / "file").write_text("")
     train, evaluate = ("train", preset_file, "--data", idx_data, "--out"), ("evaluate", "--data", idx_data)
+    ablate = ("ablate", "--data", idx_data, "--out", tmp_path / "file", "--image-size", 8, "--batch-size", 8)
+    ablate += ("--components", 8, "--num-samples", 40)
     mistakes = [
         (("train", "no-such-preset", "--data", idx_data, "--out", out), "no-such-preset"),
         (("train", preset_file, "--data", empty, "--out", out), "no images"),
         (("train", preset_file, "--data", tmp_path / "nowhere", "--out", out), "no such directory"),
         (("train", "fashion-mnist", "--data", idx_data, "--out", out), "8x8"),
         ((*train, damaged), "cannot be continued"),
-        ((*train, tmp_path / "file"), "file"),
+        ((*train, tmp_path / "file"), f"out: got '{tmp_path / 'file'}', allowed is a directory"),
+        ((*train, tmp_path / "file" / "run"), f"; {tmp_path / 'file'} is a file"),
+        (ablate, f"{tmp_path / 'file'}: is a file, allowed is a directory"),
         ((*train, out, "--device", "tpu"), "device"),
         ((*train, out, "--device", "cuda:99"), "device"),
         ((*train, out, "--precision", "float16"), "precision"),

@@ -156,8 +156,25 @@ def test_an_unknown_preset_lists_the_known() -> None:
 def test_a_preset_file_that_is_not_yaml(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("name: [")
-    with pytest.raises(ValueError, match=r"broken\.yaml"):
+    with pytest.raises(ValueError, match=r"broken\.yaml") as refused:
         load_preset(str(path))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_preset_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: Größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.yaml: got invalid start byte at byte 8, allowed is text in UTF-8"):
+        load_preset(str(path))
+
+
+@pytest.mark.parametrize("section", ["flow", "noise", "optimization", "data", "execution", "sampling"])
+@pytest.mark.parametrize("value", [3, None, "wide", ["width"]])
+def test_a_section_that_is_none_is_named(preset: dict[str, Any], section: str, value: object) -> None:
+    preset[section] = value
+    with pytest.raises(ValueError, match=rf"^{section}: got .*, allowed is a mapping of its fields \(") as refused:
+        TrainConfig.from_dict(preset)
+    assert f"got {value!r}," in str(refused.value)
 
 
 def test_a_preset_file_by_path(preset_file: Path, config: TrainConfig) -> None:

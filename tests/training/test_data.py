@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_split_folders_and_a_single_folder(folder_data: Path, tmp_path: Path) ->
     (root / "train" / "cat").rename(root / "test")
     assert load_images(root, "train", 8, 3).class_names == ("dog",)
     assert load_images(root, "test", 8, 3).class_names == ("test",)
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_without_a_test_folder_that_of_validation_is_it(folder_data: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder_data, tmp_path / "split" / "train")
+    shutil.copytree(folder_data / "dog", tmp_path / "split" / name / "dog")
+    # Beside class folders as well, of which it is none.
+    shutil.copytree(folder_data / "dog", folder_data / name / "dog")
+    for root in (tmp_path / "split", folder_data):
+        assert load_images(root, "train", 8, 3).class_names == ("cat", "dog")
+        found = load_images(root, "test", 8, 3)
+        assert (found.class_names, len(found)) == (("dog",), 6)
+    (tmp_path / "split" / "test" / "cat").mkdir(parents=True)
+    shutil.copy(folder_data / "cat" / "0.png", tmp_path / "split" / "test" / "cat")
+    assert load_images(tmp_path / "split", "test", 8, 3).class_names == ("cat",)
 
 
 def test_an_empty_folder_and_a_missing_one(folder_data: Path, tmp_path: Path) -> None:

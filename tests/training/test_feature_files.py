@@ -80,6 +80,10 @@ def test_published_statistics_give_the_distance_from_their_images(tmp_path: Path
 
 def test_statistics_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "reference.npz"
+    with pytest.raises(
+        ValueError, match=r"reference\.npz, which cannot be read \(No such file or directory\), allowed is"
+    ):
+        read_statistics(path)
     np.savez(path, mu=np.zeros(3))
     with pytest.raises(ValueError, match=r"statistics: .* has no sigma, allowed is both mu and sigma"):
         read_statistics(path)

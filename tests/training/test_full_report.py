@@ -347,6 +347,26 @@ def test_a_model_of_latents_is_judged_by_its_images(tmp_path: Path) -> None:
         assert picture.size == (12 * 64 + 11 * 2, 2 * 64 + 2)
 
 
+def test_with_a_cache_all_figures_are_the_same_and_nothing_is_decoded_again(
+    make_bundle: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = folders(tmp_path / "data", ("0", "1"), 12, "L"), ("--cache", tmp_path / "cache")
+    bundle = make_bundle(load_images(root, "train", 8, 1).part(None, 10))
+    plain = report(bundle, root, tmp_path / "plain", samples=40)
+    report(bundle, root, tmp_path / "first", *cache, samples=40)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr("training.data.load_image", lambda content: pytest.fail("an image was decoded"))
+    second = report(bundle, root, tmp_path / "second", *cache, samples=40)
+    for name in ("likelihood", "distances", "copying", "reconstruction"):
+        assert second[name] == plain[name]
+    # The gap too, and the other commands that load whole splits.
+    data = ("--data", root, *cache)
+    assert "train–test gap: none" not in run_command("evaluate", bundle.path, *data)
+    run_command("tune", bundle.path, *data, "--num-images", "2", "--dry-run")
+    run_command("calibrate", bundle.path, *data, "--out", tmp_path / "calibration")
+    assert "components: got 64" in run_command("sweep", bundle.path, *data, "--out", tmp_path / "sweep", status=2)
+
+
 def test_an_imported_checkpoint_is_evaluated(tmp_path: Path) -> None:
     names = ("cat", "dog", "fox", "horse", "owl")
     data, noise = folders(tmp_path / "data", names, 16, "RGB"), NoiseProtocol(kind="gaussian", std=0.05)
@@ -380,7 +400,8 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_measured(
     out = ("--report", tmp_path / "report")
     assert "num_samples: got 39, allowed is an integer >= 40" in refused(*out, "--samples", "39")
     assert "extractor: got 'inception', allowed is efficientnet-lite0" in refused(*out, "--extractor", "inception")
-    assert "No such file" in refused(*out, "--statistics", tmp_path / "none.npz")
+    missing = f"statistics: got {tmp_path / 'none.npz'}, which cannot be read (No such file or directory), allowed is"
+    assert missing in refused(*out, "--statistics", tmp_path / "none.npz")
     flow = Flow(replace(config.flow, image_size=12))
     described = BundleConfig(name="larger", flow=flow.config, noise=config.noise, class_names=("0", "1"))
     larger = write_bundle(tmp_path / "larger", described, flow, SamplingDefaults(), "# larger\n")
@@ -388,3 +409,35 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_measured(
     assert "statistics_out: got bundles of 1x12x12 and 1x8x8 pixels, allowed is one size" in found
     assert "there are 20 and 44" in refused(*out)
     assert not (tmp_path / "report").exists()
+
+
+def test_where_nothing_can_be_written_is_told_before_anything_is_measured(
+    make_bundle: Callable[..., Bundle], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, file, named = make_bundle(), tmp_path / "file", tmp_path / "reports" / "squares"
+    file.write_text("kept")
+    named.parent.mkdir()
+    named.write_text("kept")
+    monkeypatch.setattr("training.evaluate.load_flow", lambda *arguments: pytest.fail("something was measured"))
+
+    def refused(*options: object) -> str:
+        return run_command("evaluate", bundle.path, "--data", data, *options, status=2)
+
+    new = "allowed is a directory, or the path of a new one"
+    assert refused("--report", file) == f"Error: report: got '{file}', {new}\n"
+    assert refused("--report", file / "in") == f"Error: report: got '{file / 'in'}', {new}; {file} is a file\n"
+    flow = load_flow(bundle)
+    other = write_bundle(
+        tmp_path / "other", replace(bundle.config, name="other"), flow, SamplingDefaults(), "# other\n"
+    )
+    assert f"report: got '{named}', {new}" in refused(other.path, "--report", named.parent)
+    out = ("--report", tmp_path / "report", "--statistics-out")
+    for path in (tmp_path, file / "statistics.npz"):
+        assert f"statistics_out: got '{path}', allowed is a file" in refused(*out, path)
+    monkeypatch.setattr("training.destinations.os.access", lambda path, mode: Path(path) != tmp_path)
+    assert f"report: got '{tmp_path / 'new'}', allowed is one that can be written" in refused(
+        "--report", tmp_path / "new"
+    )
+    found = refused("--report", named.parent, "--statistics-out", tmp_path / "new.npz")
+    assert f"statistics_out: got '{tmp_path / 'new.npz'}', allowed is one that can be written" in found
+    assert file.read_text() == named.read_text() == "kept"

@@ -51,6 +51,8 @@ def test_a_test_split_is_preferred(
     write(tmp_path / "both" / "train" / "x" / "0.png", flat(1))
     write(tmp_path / "both" / "test" / "x" / "0.png", flat(2))
     assert load_set(tmp_path / "both", SIZE, 1).pixels.max() == 2
+    (tmp_path / "both" / "test").rename(tmp_path / "both" / "val")
+    assert load_set(tmp_path / "both", SIZE, 1).pixels.max() == 2
     directory = write_idx(tmp_path / "idx", make_images(20))
     assert len(load_set(directory, SIZE, 1)) == 20
     write_idx(directory, make_images(12), "t10k")

@@ -20,6 +20,9 @@ from model.codecs.autoencoder_kl import AutoencoderKL
 from model.codecs.base import Latents
 from model.codecs.config import CodecConfig
 from model.codecs.weights import DIFFUSERS_WEIGHTS, load_codec, read_autoencoder
+from model.flow import Flow
+from tests.full_disk import full_disk
+from training import checkpoint
 from training.cli import app
 from training.config import load_preset
 from training.data import DataError, load_images
@@ -153,6 +156,54 @@ def test_the_training_images_are_known_again_where_latents_have_other_last_digit
     save_file({name: 1.5 * value for name, value in load_file(weights).items()}, weights)
     other = ("train", preset, "--data", data, "--codec", tmp_path / "codec", "--device", "cpu", "--epochs", 2)
     assert "holds a run on other training images" in invoke(*other, "--out", tmp_path / "new", status=2)
+
+
+def test_a_disk_without_room_is_told_before_the_first_image_or_step(
+    preset: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, usage = tmp_path / "run", shutil.disk_usage(tmp_path)
+    train = ("train", preset, "--data", data, "--codec", AUTOENCODER, "--out", out, "--device", "cpu", "--epochs", 1)
+    # Twelve images of 2x8x8 values.
+    size = 12 * 2 * 8 * 8 * 4
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, image: pytest.fail("an image was encoded"))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    assert "MiB for the latents" in invoke(*train, status=2)
+    monkeypatch.undo()
+    # A disk that is full later: one line, and nothing that keeps it full.
+    with full_disk(size // 2):
+        assert f"{CACHE}: cannot be written" in invoke(*train, status=2)
+    assert not out.exists()
+    # The bundle has the codec's weights too, and is written beside the last one.
+    config, network = load_preset(str(preset)), read_autoencoder(AUTOENCODER)
+    weights, codec = (
+        sum(value.numel() * value.element_size() for value in module.state_dict().values())
+        for module in (Flow(config.flow), network)
+    )
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=10 * weights + 2 * codec - 1))
+    assert "MiB for checkpoints and the bundle" in invoke(*train, status=2)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=10 * weights + 2 * codec))
+    assert "finished 3 steps" in invoke(*train)
+
+
+def test_only_the_images_that_are_scored_are_encoded(
+    preset: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    invoke("train", preset, "--data", data, "--codec", AUTOENCODER, "--out", out, "--device", "cpu", "--epochs", 1)
+    encode_here, counts = AutoencoderKL.encode, list[int]()
+
+    def counting(self: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
+        counts.append(len(image))
+        return encode_here(self, image)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", counting)
+    evaluate = ("evaluate", out / "bundle", "--data", data, "--json", "--device", "cpu", "--limit", 2)
+    [evaluation] = json.loads(invoke(*evaluate, "--train-limit", 3))["evaluations"]
+    assert counts == [2, 3]
+    assert evaluation["train_test_gap"] is not None
+    counts.clear()
+    invoke("tune", out / "bundle", "--data", data, "--num-images", 4, "--device", "cpu", "--dry-run")
+    assert counts == [4]
 
 
 def test_latents_of_a_batch_are_those_of_each_image(data: Path) -> None:

@@ -60,6 +60,38 @@ app()
 '''
 
 
+HOSTS = '''
+"""One process of three on two hosts: the second host has the last two. Tells whether it has decoded anything."""
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from training import data
+from training.processes import joined
+
+host, os.environ["LOCAL_RANK"] = [("a", "0"), ("b", "0"), ("b", "1")][int(os.environ["RANK"])]
+decoded, decode = [], data._decode
+
+
+def telling(*arguments):
+    decoded.append(True)
+    return decode(*arguments)
+
+
+data._decode = telling
+with joined(torch.device("cpu")) as processes:
+    for cache in (f"disk-of-{host}", "shared-disk"):
+        with processes.together(), processes.first_before_others():
+            images = data.load_images(Path(sys.argv[1]), "train", 8, 3, Path(cache))
+        told = processes.gather((bool(decoded), len(images)))
+        if processes.is_first:
+            print(*told)
+        decoded.clear()
+'''
+
+
 def start(
     directory: Path, preset: Path, data: Path, out: Path, *options: str, processes: int = 1, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -116,6 +148,25 @@ def test_two_processes_and_parts_of_a_batch_give_the_same_curve(
     assert losses(out) == pytest.approx(losses(straight), abs=1e-4)
     assert checkpoint(out)["step"] == checkpoint(straight)["step"] == 30
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in straight.iterdir())
+
+
+def test_on_every_host_one_process_decodes_and_on_a_shared_disk_one_of_all(tmp_path: Path, folder_data: Path) -> None:
+    driver = tmp_path / "hosts.py"
+    driver.write_text(HOSTS)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
+    finished = subprocess.run(
+        [sys.executable, *launcher, str(driver), str(folder_data)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert finished.returncode == 0, finished.stderr
+    # In the order of their ranks.
+    assert finished.stdout.splitlines() == ["(True, 12) (True, 12) (False, 12)", "(True, 12) (False, 12) (False, 12)"]
+    for disk in ("disk-of-a", "disk-of-b", "shared-disk"):
+        assert len(list((tmp_path / disk).iterdir())) == 1
 
 
 @pytest.mark.long

@@ -247,8 +247,19 @@ def test_what_was_kept_out_stays_so(make_bundle: MakeBundle) -> None:
 
 def test_a_preset_without_a_model_needs_a_bundle(short_preset: Path, idx_data: Path, tmp_path: Path) -> None:
     error = run_command("train", short_preset, "--data", idx_data, "--out", tmp_path / "run", status=2)
-    assert error == "Error: preset short: name: got None, allowed is one in its file, or that of --from BUNDLE\n"
+    leaves = "leaves the model to the bundle that it fine-tunes"
+    assert error == f"Error: from: got None, allowed is --from BUNDLE: the preset short {leaves}\n"
+    error = run_command("train", "fine-tune", "--data", idx_data, "--out", tmp_path / "run", status=2)
+    assert error == f"Error: from: got None, allowed is --from BUNDLE: the preset fine-tune {leaves}\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_with_half_a_model_is_told_what_it_lacks(
+    preset_file: Path, preset: Preset, idx_data: Path, tmp_path: Path
+) -> None:
+    preset_file.write_text(yaml.safe_dump({name: value for name, value in preset.items() if name != "noise"}))
+    error = run_command("train", preset_file, "--data", idx_data, "--out", tmp_path / "run", status=2)
+    assert error == "Error: preset tiny: noise: got None, allowed is one in its file, or that of --from BUNDLE\n"
 
 
 def test_a_bundle_that_is_none_is_refused(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:

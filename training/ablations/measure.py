@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.codecs.base import Codec, Identity
@@ -28,6 +28,7 @@ from training.checkpoint import data_fingerprint
 from training.data import Images
 from training.features import Extractor
 from training.frechet import Figure, Moments, Reference
+from training.tensors import write_tensors
 
 ROWS_PER_BATCH, ROWS_PER_DENOISING = 128, 64
 
@@ -134,7 +135,7 @@ def make_ruler(
         features_NF = extractor(pixels_NCHW, advance).cpu()
         moments = Moments.of(features_NF)
         tensors = {"mean_F": moments.mean_F, "scatter_FF": moments.scatter_FF}
-        save_file(tensors, cache, {"key": key, "count": str(moments.count)})
+        write_tensors(cache, tensors, {"key": key, "count": str(moments.count)})
     return Ruler(extractor, Reference.fit(extractor.name, moments, components), device)
 
 

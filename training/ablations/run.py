@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from model.config import NoiseProtocol, SamplingDefaults, check
 from model.flow import Flow
@@ -30,6 +30,7 @@ from training.features import load_extractor
 from training.frechet import COMPONENTS, GROUPS, Figure
 from training.log import RunLog
 from training.run import stop_on_signals
+from training.tensors import write_tensors
 from training.trainer import StepReport, Trainer, TrainingDiverged
 
 ROWS, SNAPSHOT_ROWS, SNAPSHOTS = "rows", "snapshots/rows", "snapshots"
@@ -240,9 +241,8 @@ class _Bench:
                 if report.step in steps:
                     path = _snapshot(directory, report.step)
                     path.parent.mkdir(exist_ok=True)
-                    part = path.with_suffix(".part")
-                    save_file({k: v.contiguous() for k, v in trainer.averaged_flow().state_dict().items()}, part)
-                    part.replace(path)
+                    weights = trainer.averaged_flow().state_dict()
+                    write_tensors(path, {name: value.contiguous() for name, value in weights.items()})
                 if time.monotonic() - last_line > SECONDS_PER_LINE:
                     last_line = time.monotonic()
                     self.say(

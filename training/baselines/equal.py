@@ -142,6 +142,7 @@ def train_baseline(
     *,
     images: int | None = None,
     learning_rate: float = LEARNING_RATE,
+    cache: Path | None = None,
     observe: Callable[[StepReport], None] = lambda report: None,
 ) -> tuple[CouplingFlow, Trainer]:
     """Train the baseline of a bundle, or continue its run in ``out``.
@@ -150,7 +151,7 @@ def train_baseline(
     :class:`Stopped` when a signal asked so.
     """
     config = baseline_config(bundle, images, learning_rate)
-    train = load_bundle_images(bundle, data, "train", device)
+    train = load_bundle_images(bundle, data, "train", device, cache)
     if config.flow.num_classes:
         train = match_labels(train, config.class_names, bundle.name)
     try:
