@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner
 
 from model.bundle import Bundle, BundleConfig
@@ -21,6 +22,7 @@ from training.checkpoint import data_fingerprint
 from training.cli import app
 from training.config import TrainConfig
 from training.data import Images
+from training.features import EXTRACTORS, Extractor
 
 Preset = dict[str, object]
 
@@ -169,3 +171,14 @@ def run_command(command: str, *arguments: object, status: int = 0) -> str:
         assert result.stdout == ""
         assert len(result.stderr.splitlines()) == 1
     return result.stderr if status else result.stdout
+
+
+@pytest.fixture
+def pixel_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real extractor has tests of its own; here the features are 8x8 grey pixels."""
+
+    def extract(pixels: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(dim=1), 8).flatten(1) / 64
+
+    means = Extractor(name="pixels", num_features=64, extract=extract)
+    monkeypatch.setitem(EXTRACTORS, "efficientnet-lite0", lambda device: means)
