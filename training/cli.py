@@ -108,7 +108,6 @@ def train(
     }
     overrides = {key: value for key, value in options.items() if value is not None}
     with clear_errors():
-        check_directory("out", out)
         fine_tuned = None
         if from_ is not None:
             from training.start import Start
@@ -137,6 +136,7 @@ def train(
         with joined(torch_device) as processes, ExitStack() as until_the_end:
             with processes.together():
                 if processes.is_first:
+                    check_directory("out", out)
                     until_the_end.enter_context(held(out))
             say: Callable[[str], None] = typer.echo if processes.is_first else _silent
             # What the first process of a host writes while it prepares the data, the others only read.
@@ -174,9 +174,6 @@ def train(
                     f"learning rate never reaches {config.optimization.learning_rate:g}"
                 )
             complete = run.execute()
-            if not complete:
-                # torchrun ends all processes once one has left with an error: none goes while the first one writes.
-                processes.gather(None)
     if complete:
         say(f"finished {trainer.step} steps; the model is in {out / 'bundle'}")
     else:

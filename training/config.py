@@ -24,6 +24,8 @@ PRESETS = Path(__file__).parent / "presets"
 Precision = Literal["auto", "bf16", "float32"]
 OptimizerName = Literal["adamw", "muon"]
 LARGEST = sys.float_info.max
+MOST_EPOCHS = 1e12
+"""Less than what no run comes to the end of, and its steps are still counted exactly."""
 
 
 def _check_number(record: Record, name: str, low: float, high: float = math.inf, *, or_low: bool = True) -> None:
@@ -92,9 +94,11 @@ class Optimization(Record):
 
     def __post_init__(self) -> None:
         _check_count(self, "batch_size", 1)
-        for name in ("epochs", "learning_rate", "muon_learning_rate", "clip_norm", "embedding_std"):
+        _check_number(self, "epochs", 0, MOST_EPOCHS, or_low=False)
+        _check_number(self, "warmup_epochs", 0, MOST_EPOCHS)
+        for name in ("learning_rate", "muon_learning_rate", "clip_norm", "embedding_std"):
             _check_number(self, name, 0, or_low=False)
-        for name in ("final_learning_rate", "warmup_epochs", "weight_decay", "discriminative_weight"):
+        for name in ("final_learning_rate", "weight_decay", "discriminative_weight"):
             _check_number(self, name, 0)
         _check_count(self, "wrong_classes", 1)
         for name in ("muon_momentum", "beta1", "beta2", "ema_decay", "label_drop"):
@@ -277,10 +281,12 @@ def with_settings(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
         part, _, key = known[name].rpartition(".")
         (content[part] if part else content)[key] = _value(name, text)
     config = TrainConfig.from_dict(content)
+    names = {known[setting.partition("=")[0].strip()] for setting in settings}
+    if config.optimization.optimizer == "adamw" and (idle := sorted(n for n in names if ".muon_" in n)):
+        raise ValueError(f"{idle[0]}: set for an optimizer that the run has not; allowed is beside optimizer=muon")
     # 0 is how a preset leaves the number to the data: a person who sets it means a model without classes.
-    sets_number = any(known[setting.partition("=")[0].strip()] == "flow.num_classes" for setting in settings)
     check(
-        not (sets_number and config.data.classes_from_data and not config.flow.num_classes),
+        not ("flow.num_classes" in names and config.data.classes_from_data and not config.flow.num_classes),
         "flow.num_classes",
         0,
         "the number in the data where data.classes_from_data is true; for a model without classes set that to false",

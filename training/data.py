@@ -111,10 +111,16 @@ def _load_folders(
         folders = [folder for folder in folders if folder.name not in TEST_NAMES]
     if not folders:
         folders = [root]
+    # Nor are its images where there are no class folders.
+    aside = [directory / name for name in TEST_NAMES] if root is directory else []
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and not any(path.is_relative_to(test) for test in aside)
+        )
         if not files:
             raise DataError(f"{folder}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
         paths += files
@@ -176,14 +182,13 @@ def load_images(
 ) -> Images:
     """Load the ``train`` or ``test`` split of a data directory.
 
-    The directory holds IDX files (``train-images-idx3-ubyte[.gz]`` …), or one folder of images per
-    class, optionally inside ``train/`` and ``test/``; a folder of images without subfolders is one
-    class. Images from folders are scaled and centre-cropped to ``image_size`` and come in a fixed
+    The directory holds IDX files (``train-images-idx3-ubyte[.gz]`` …), or one folder of images per class,
+    optionally inside ``train/`` and ``test/`` (or ``validation/``, or ``val/``); a folder of images without
+    subfolders is one class. Images from folders are scaled and centre-cropped to ``image_size`` and come in a fixed
     shuffled order, those from IDX files in the file's. What Hugging Face's ``datasets`` has saved, or has on its
     hub as ``hf:owner/name``, is treated as folders are (:mod:`training.huggingface`). With ``cache``, images that
     are no IDX files are decoded once and mapped from there; ``say`` is told what that takes on disk. Raises
-    :class:`DataError` naming the file or
-    folder that cannot be used.
+    :class:`DataError` naming the file or folder that cannot be used.
     """
     if huggingface.is_dataset(directory):
         return decoded(huggingface.open_source(directory, split), image_size, channels, cache, say)

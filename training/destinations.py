@@ -56,7 +56,8 @@ def held(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and [path.name for path in out.iterdir()] == [LOCK]:
-                with suppress(OSError):
+            # Whatever befell the directory meanwhile, it does not hide how the run ended.
+            with suppress(OSError):
+                if is_new and [path.name for path in out.iterdir()] == [LOCK]:
                     (out / LOCK).unlink()
                     out.rmdir()

@@ -158,7 +158,8 @@ def _drawn(quality: Quality) -> str:
 def _distances(quality: Quality) -> str:
     samples, real = quality.samples, quality.real
     fewer = ""
-    if samples is not None and samples.num_images != real.num_images:
+    # A sample or two that are not finite change nothing.
+    if samples is not None and abs(samples.num_images - real.num_images) > 0.05 * samples.num_images:
         fewer = (
             f" There are {real.num_images:,} of them for {samples.num_images:,} samples: the Fréchet distance on all "
             "features and recall depend on the number of images and do not compare; that without its 1/n term does."
@@ -206,7 +207,7 @@ def _copies(quality: Quality) -> str:
     ours, theirs = copying.samples.distance, copying.held_out.distance
     return (
         f"Root mean square distance in 8-bit steps to the nearest of {copying.num_training:,} training images"
-        f"{' and their mirror images, on which the model was trained too' if copying.mirrored else ''}: "
+        f"{' and their mirror images' if copying.mirrored else ''}: "
         f"{len(ours):,} samples {np.median(ours):.2f} (median, least {ours.min():.2f}), {len(theirs):,} test images "
         f"{np.median(theirs):.2f} (least {theirs.min():.2f}). {_nearer(quality, copying)}. A model that does not copy "
         "has about 1% of these, or more where its samples are simpler than real images are: look at the pairs."

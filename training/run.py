@@ -109,7 +109,7 @@ class Run:
         trainer = self.trainer
         if not trainer.processes.is_first:
             with stop_on_signals(trainer):
-                return self._follow()
+                return self._left_together(self._follow())
         write_config(self._out, self._config, None if self._start is None else self._start.bundle)
         with (
             RunLog(self._out, trainer.step) as log,
@@ -132,7 +132,14 @@ class Run:
             flow = trainer.averaged_flow()
             if complete:
                 self._draw_samples(flow, board)
-            self.write_bundle(flow)
+            if trainer.skipped_steps < trainer.step:
+                self.write_bundle(flow)
+            return self._left_together(complete)
+
+    def _left_together(self, complete: bool) -> bool:
+        # torchrun ends all processes once one has left with an error: none goes while the first one still writes.
+        if not complete:
+            self.trainer.processes.gather(None)
         return complete
 
     def _tensorboard(self) -> AbstractContextManager[TensorBoard | None]:

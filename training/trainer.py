@@ -22,6 +22,7 @@ from model.likelihood import bits_per_dim, prior_terms
 from model.weights import load_flow
 from training.batches import Batches, Part
 from training.checkpoint import (
+    FILE_NAME,
     TrainState,
     check_continues,
     check_space,
@@ -204,6 +205,11 @@ class Trainer:
         )
         save_checkpoint(self.out, state)
 
+    def _discard(self) -> None:
+        """Take back the checkpoint of a run that has learned nothing: the mended one may take the same directory."""
+        if self.processes.is_first and not self.average.updates:
+            (self.out / FILE_NAME).unlink(missing_ok=True)
+
     def averaged_weights(self) -> dict[str, Tensor]:
         """The averaged weights, whole in the first process; with several processes all call this together."""
         weights: dict[str, Tensor] = gathered(self.average.tensors, keep=self.processes.is_first)
@@ -291,6 +297,7 @@ class Trainer:
             self.skipped_steps += 1
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                self._discard()
                 raise TrainingDiverged(
                     f"{MAX_SKIPPED_IN_A_ROW} steps in a row up to step {self.step} had a non-finite loss or gradient; "
                     "lower the learning rate, or use float32"
@@ -331,12 +338,12 @@ class Trainer:
             )
             due = time.monotonic() - last_save >= checkpoint_seconds
             stop, save = self.processes.any(self.stop_requested, due)
-            if save:
+            if save and self.skipped_steps < self.step:
                 self.save()
                 last_save = time.monotonic()
         is_complete = self.step >= self.total_steps
         if is_complete and self.skipped_steps >= self.step:
-            # Without a checkpoint: there is nothing in it, and the mended run may take the same directory.
+            self._discard()
             raise TrainingDiverged(
                 f"none of the {self.step} steps had a finite loss and gradient, and the weights are as they began; "
                 "lower the learning rate or embedding_std, or use float32"

@@ -337,7 +337,7 @@ def test_a_diverged_run_ends_with_status_1(preset_file: Path, idx_data: Path, tm
 def test_a_run_that_learned_nothing_leaves_no_model(preset_file: Path, idx_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train = ("train", preset_file, "--data", idx_data, "--out", out, "--epochs", 2, "--sample-every", 2)
-    _, stderr = invoke(*train, "--set", "embedding_std=1e30", status=1)
+    _, stderr = invoke(*train, "--set", "embedding_std=1e30", "--checkpoint-seconds", 0, status=1)
     assert stderr.startswith("Error: none of the 10 steps had a finite loss and gradient")
     assert not (out / "bundle").exists()
     assert not (out / "samples").exists()

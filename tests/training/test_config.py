@@ -10,7 +10,7 @@ import yaml
 
 from model.config import FlowConfig, NoiseProtocol
 from model.flow import Flow
-from training.config import TrainConfig, load_preset, needs_start, preset_names, read_preset
+from training.config import TrainConfig, load_preset, needs_start, preset_names, read_preset, with_settings
 from training.listing import num_parameters
 
 
@@ -180,3 +180,10 @@ def test_a_section_that_is_none_is_named(preset: dict[str, Any], section: str, v
 def test_a_preset_file_by_path(preset_file: Path, config: TrainConfig) -> None:
     assert load_preset(str(preset_file)) == config
     assert yaml.safe_load(preset_file.read_text())["name"] == "tiny"
+
+
+def test_settings_of_an_optimizer_that_the_run_has_not_are_refused() -> None:
+    toy = load_preset("toy-28")
+    with pytest.raises(ValueError, match=r"optimization\.muon_momentum: set for an optimizer that the run has not"):
+        with_settings(toy, ["muon_momentum=0.9"])
+    assert with_settings(toy, ["muon_momentum=0.9", "optimizer=muon"]).optimization.muon_momentum == 0.9

@@ -106,6 +106,19 @@ def test_without_a_test_folder_that_of_validation_is_it(folder_data: Path, tmp_p
     assert load_images(tmp_path / "split", "test", 8, 3).class_names == ("cat",)
 
 
+def test_images_of_the_test_split_are_no_training_images(folder_data: Path, tmp_path: Path) -> None:
+    """Where there are no class folders either."""
+    root = tmp_path / "flat"
+    shutil.copytree(folder_data / "dog", root)
+    shutil.copytree(folder_data, root / "val")
+    assert len(load_images(root, "train", 8, 3)) == 6
+    assert load_images(root, "test", 8, 3).class_names == ("cat", "dog")
+    for path in root.glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match="flat: no images in it"):
+        load_images(root, "train", 8, 3)
+
+
 def test_an_empty_folder_and_a_missing_one(folder_data: Path, tmp_path: Path) -> None:
     (folder_data / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no images"):

@@ -241,7 +241,7 @@ def test_the_baseline_of_a_fine_tuned_model_has_the_images_of_all_its_runs(
     assert "begun from another" not in text
     # One of the runs saw mirror images, if not the last.
     assert found["copying"]["mirrored_too"] is True
-    assert "training images and their mirror images, on which the model was trained too: 40 samples" in text
+    assert "training images and their mirror images: 40 samples" in text
     assert "of them for" not in text
     # Where the first weights came from nobody knows.
     tuned = bundle.config.training

@@ -21,10 +21,13 @@ DEADLINE = 300.0
 
 DRIVER = '''
 """The commands of training, in a process that dies, or is shown no data, where the test wants it."""
+import atexit
 import os
 import signal
 import sys
+import time
 
+from training.run import Run
 from training.trainer import Trainer
 
 step, save, replace = Trainer._train_step, Trainer.save, os.replace
@@ -32,6 +35,8 @@ rank, renamed = os.environ.get("RANK", "0"), 0
 
 
 def dying_step(self):
+    if self.step == int(os.environ.get("STOPS_AT", "-1")) and rank == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
     if self.step == int(os.environ.get("DIES_AT", "-1")) and rank == os.environ.get("DIES", "0"):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self)
@@ -50,6 +55,18 @@ def dying_replace(source, target):
     replace(source, target)
 
 
+write = Run.write_bundle
+
+
+def slow_write(self, flow):
+    time.sleep(2)
+    write(self, flow)
+
+
+if "STOPS_AT" in os.environ:
+    Run.write_bundle = slow_write
+    bundle = os.path.join(sys.argv[sys.argv.index("--out") + 1], "bundle")
+    atexit.register(lambda: print(f"process {rank} left, bundle: {os.path.isdir(bundle)}", flush=True))
 Trainer._train_step, Trainer.save, os.replace = dying_step, rare_save, dying_replace
 if rank == os.environ.get("HAS_NO_DATA"):
     sys.argv[sys.argv.index("--data") + 1] = "no-such-directory"
@@ -279,6 +296,17 @@ def test_shards_of_the_weights_give_the_same_curve_and_whole_checkpoints(
         assert sorted(path.name for path in where.iterdir()) == sorted(path.name for path in straight.iterdir())
 
 
+def test_processes_that_are_stopped_leave_together(tmp_path: Path, preset_file: Path, idx_data: Path) -> None:
+    """Any of them may be told to stop, and none goes while the first one still writes: torchrun would end it, too."""
+    out = tmp_path / "run"
+    stopped = start(tmp_path, preset_file, idx_data, out, "--epochs", "6", processes=2, STOPS_AT="7")
+    assert stopped.returncode == 1, stopped.stderr
+    assert "stopped after step 8, checkpoint written" in stopped.stdout
+    for rank in range(2):
+        assert f"process {rank} left, bundle: True" in stopped.stdout
+    assert checkpoint(out)["step"] == 8
+
+
 @pytest.mark.long
 def test_muon_takes_the_same_steps_with_any_number_of_processes(
     tmp_path: Path, preset_file: Path, idx_data: Path
@@ -297,3 +325,6 @@ def test_muon_takes_the_same_steps_with_any_number_of_processes(
         assert losses(out) == pytest.approx(losses(alone), abs=2e-3)
         ours, theirs = (checkpoint(run)["optimizer"]["muon"]["state"] for run in (out, alone))
         assert ours.keys() == theirs.keys()
+        for key, state in theirs.items():
+            difference = ours[key]["momentum_buffer"] - state["momentum_buffer"]
+            assert difference.norm() < 0.02 * state["momentum_buffer"].norm(), key

@@ -200,12 +200,14 @@ def test_steps_that_are_skipped_in_a_row_are_counted_over_stops(
 ) -> None:
     config = config.with_overrides(epochs=100)
     train(poisoned(Trainer(config, images, tmp_path, CPU)), stop_at=MAX_SKIPPED_IN_A_ROW - 2)
+    content = torch.load(tmp_path / FILE_NAME, weights_only=True)
     resumed = poisoned(Trainer(config, images, tmp_path, CPU))
     with pytest.raises(TrainingDiverged, match="50 steps in a row"):
         train(resumed)
     assert resumed.skipped_steps == MAX_SKIPPED_IN_A_ROW
+    # There was nothing in it.
+    assert not (tmp_path / FILE_NAME).exists()
     # A checkpoint from before there was the count is continued, and begins with none.
-    content = torch.load(tmp_path / FILE_NAME, weights_only=True)
     assert content.pop("skipped_in_a_row") == MAX_SKIPPED_IN_A_ROW - 2
     torch.save(content, tmp_path / FILE_NAME)
     resumed = Trainer(config, images, tmp_path, CPU)

@@ -49,6 +49,7 @@ def ablate(
         from training.ablations.run import Ablation, AblationOptions, Stopped, run_ablation
         from training.classes import class_names, match_labels
         from training.data import data_name, load_images
+        from training.destinations import held
 
         options = AblationOptions(
             scale=Scale(
@@ -82,7 +83,8 @@ def ablate(
             typer.echo(text, err=as_json)
 
         try:
-            ablation = run_ablation(data_name(data), train, test, out, options, resolve_device(device), say, write)
+            with held(out):
+                ablation = run_ablation(data_name(data), train, test, out, options, resolve_device(device), say, write)
         except Stopped:
             say("stopped, checkpoint written; the same command continues the ablation")
             raise typer.Exit(STOPPED) from None

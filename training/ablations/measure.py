@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -142,11 +142,15 @@ def make_ruler(
 def _read_moments(cache: Path, key: str) -> Moments | None:
     if not cache.is_file():
         return None
-    with safe_open(cache, "pt") as file:
-        about = file.metadata() or {}
-    if about.get("key") != key:
+    try:
+        with safe_open(cache, "pt") as file:
+            about = file.metadata() or {}
+        if about.get("key") != key:
+            return None
+        tensors = load_file(cache)
+    except SafetensorError:
+        # Damaged: it is made again.
         return None
-    tensors = load_file(cache)
     return Moments(int(about["count"]), tensors["mean_F"], tensors["scatter_FF"])
 
 

@@ -26,6 +26,7 @@ from training.checkpoint import load_checkpoint
 from training.classes import match_labels
 from training.config import DataOptions, Optimization, TrainConfig
 from training.data import DataError, Images
+from training.destinations import held
 from training.evaluate import score_images
 from training.latents import load_bundle_images
 from training.log import RunLog
@@ -161,17 +162,18 @@ def train_baseline(
     first = torch.from_numpy(train.pixels[:FIRST_IMAGES].copy())
     x_BTD = patchify(add_noise(first, config.noise, centre_draw(config.noise.kind)), config.flow.patch_size)
     build = coupling_builder(baseline_width(config.flow), x_BTD)
-    _check_continues(out, config)
-    trainer = Trainer(config, train, out, device, build)
-    if trainer.step < trainer.total_steps:
-        with RunLog(out, trainer.step) as log, stop_on_signals(trainer):
+    with held(out):
+        _check_continues(out, config)
+        trainer = Trainer(config, train, out, device, build)
+        if trainer.step < trainer.total_steps:
+            with RunLog(out, trainer.step) as log, stop_on_signals(trainer):
 
-            def both(report: StepReport) -> None:
-                log.record(report)
-                observe(report)
+                def both(report: StepReport) -> None:
+                    log.record(report)
+                    observe(report)
 
-            if not trainer.run(both):
-                raise Stopped
+                if not trainer.run(both):
+                    raise Stopped
     flow = trainer.averaged_flow()
     if not isinstance(flow, CouplingFlow):
         raise TypeError(f"got {type(flow).__name__}, where a coupling flow was built")
