@@ -26,7 +26,7 @@ from training.anomaly_cli import anomaly, calibrate
 from training.commands import STOPPED, Cache, Device, clear_errors, progress_bar
 from training.config import TrainConfig, load_preset, needs_start, preset_names, with_settings
 from training.data_cli import app as data_app
-from training.destinations import check_directory
+from training.destinations import check_directory, held
 from training.evaluate_cli import evaluate
 
 if TYPE_CHECKING:
@@ -122,7 +122,6 @@ def train(
         from model.device import resolve_device
         from training.classes import resolve_classes
         from training.data import data_name
-        from training.destinations import held
         from training.latents import encode_once, load_training_images, open_codec
         from training.processes import joined, local_device
         from training.run import Origin, Run

@@ -282,8 +282,10 @@ def with_settings(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
         (content[part] if part else content)[key] = _value(name, text)
     config = TrainConfig.from_dict(content)
     names = {known[setting.partition("=")[0].strip()] for setting in settings}
-    if config.optimization.optimizer == "adamw" and (idle := sorted(n for n in names if ".muon_" in n)):
-        raise ValueError(f"{idle[0]}: set for an optimizer that the run has not; allowed is beside optimizer=muon")
+    for name in sorted(names):
+        part, _, key = name.rpartition(".")
+        idle = key.startswith("muon_") and config.optimization.optimizer != "muon"
+        check(not idle, name, idle and content[part][key], "one beside optimizer=muon only")
     # 0 is how a preset leaves the number to the data: a person who sets it means a model without classes.
     check(
         not ("flow.num_classes" in names and config.data.classes_from_data and not config.flow.num_classes),

@@ -132,7 +132,7 @@ class Run:
             flow = trainer.averaged_flow()
             if complete:
                 self._draw_samples(flow, board)
-            if trainer.skipped_steps < trainer.step:
+            if trainer.has_learned:
                 self.write_bundle(flow)
             return self._left_together(complete)
 
@@ -150,9 +150,8 @@ class Run:
 
     def _is_due(self, report: StepReport) -> bool:
         """Whether samples and a bundle are made after this step, before the end."""
-        # Untrained weights are no model: of a run that goes on like that nothing is left.
-        has_learned = report.skipped_steps < report.step
-        return has_learned and report.step % self._sample_every == 0 and report.step < report.total_steps
+        due = report.step % self._sample_every == 0 and report.step < report.total_steps
+        return due and self.trainer.has_learned
 
     def _follow(self) -> bool:
         """What the other processes do: train, and give their part of the weights for what the first one writes."""

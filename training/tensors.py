@@ -6,8 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+
+def read_tensors(path: Path, advice: str) -> dict[str, Tensor]:
+    """What is in a file, on the CPU; raises ``ValueError`` that names the file, with ``advice``, for a damaged one."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged: {error}; {advice}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -205,9 +205,14 @@ class Trainer:
         )
         save_checkpoint(self.out, state)
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether any step has counted: else the weights are as they began, and no model."""
+        return self.average.updates > 0
+
     def _discard(self) -> None:
         """Take back the checkpoint of a run that has learned nothing: the mended one may take the same directory."""
-        if self.processes.is_first and not self.average.updates:
+        if self.processes.is_first and not self.has_learned:
             (self.out / FILE_NAME).unlink(missing_ok=True)
 
     def averaged_weights(self) -> dict[str, Tensor]:
@@ -338,11 +343,11 @@ class Trainer:
             )
             due = time.monotonic() - last_save >= checkpoint_seconds
             stop, save = self.processes.any(self.stop_requested, due)
-            if save and self.skipped_steps < self.step:
+            if save and self.has_learned:
                 self.save()
                 last_save = time.monotonic()
         is_complete = self.step >= self.total_steps
-        if is_complete and self.skipped_steps >= self.step:
+        if is_complete and not self.has_learned:
             self._discard()
             raise TrainingDiverged(
                 f"none of the {self.step} steps had a finite loss and gradient, and the weights are as they began; "

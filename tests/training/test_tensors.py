@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from tests.full_disk import full_disk
-from training.tensors import write_tensors
+from training.tensors import read_tensors, write_tensors
 
 
 def test_what_was_written_comes_back_and_a_full_disk_leaves_the_last(tmp_path: Path) -> None:
@@ -19,6 +18,9 @@ def test_what_was_written_comes_back_and_a_full_disk_leaves_the_last(tmp_path: P
     with full_disk(200_000), pytest.raises(OSError, match=r"values\.safetensors: cannot be written: .*too large"):
         write_tensors(path, {"values": -values})
     assert list(tmp_path.iterdir()) == [path]
-    assert torch.equal(load_file(path)["values"], values)
+    assert torch.equal(read_tensors(path, "")["values"], values)
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"made": "of these"}
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"values\.safetensors: damaged: .*; make it again"):
+        read_tensors(path, "make it again")

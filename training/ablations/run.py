@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from model.config import NoiseProtocol, SamplingDefaults, check
 from model.flow import Flow
@@ -30,7 +29,7 @@ from training.features import load_extractor
 from training.frechet import COMPONENTS, GROUPS, Figure
 from training.log import RunLog
 from training.run import stop_on_signals
-from training.tensors import write_tensors
+from training.tensors import read_tensors, write_tensors
 from training.trainer import StepReport, Trainer, TrainingDiverged
 
 ROWS, SNAPSHOT_ROWS, SNAPSHOTS = "rows", "snapshots/rows", "snapshots"
@@ -275,7 +274,8 @@ class _Bench:
         if self._is_done(path, key):
             return
         flow = Flow(training.config.flow).to(self.device)
-        flow.load_state_dict(load_file(_snapshot(directory, step), device=str(self.device)))
+        advice = f"delete {directory}, and the same command trains that flow again"
+        flow.load_state_dict(read_tensors(_snapshot(directory, step), advice))
         flow.eval().requires_grad_(False)
         sampling = self.plan.rows[training.name].sampling
         content = {"key": key, "step": step, **self._measured(flow, training.noise, sampling)}
