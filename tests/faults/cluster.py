@@ -11,6 +11,8 @@ from tests.service.processes import ApiProcess, Process, RedisProcess, WorkerPro
 LEASE_SECONDS, READY_SECONDS, ATTEMPTS = 2.0, 2.0, 8
 """Attempts are many: a storm kills workers far oftener than anything real."""
 SHARED = ["--lease-seconds", str(LEASE_SECONDS), "--ready-seconds", str(READY_SECONDS), "--max-attempts", str(ATTEMPTS)]
+LARGE = {"model": "tiny-cond", "num_images": 1024, "guidance_scale": 1.0, "denoise": True, "seed": 0}
+"""A request that takes long enough to be met at work on any machine, tiny as the model is."""
 LIMITS = Limits(
     max_queue_cost=2_000_000,
     caller_share=0.5,
@@ -49,7 +51,8 @@ class Cluster:
 
     def api(self, *flags: str | Path) -> ApiProcess:
         """One more API replica."""
-        process = ApiProcess(self._log("api"), self.url, *SHARED, *flags)
+        most = ["--max-images", str(LARGE["num_images"])]
+        process = ApiProcess(self._log("api"), self.url, *SHARED, *most, *flags)
         self._processes.append(process)
         return process
 

@@ -11,13 +11,11 @@ import pytest
 
 from service.broker.redis.api import RedisBroker
 from service.broker.redis.keys import REPLICA_SECONDS
-from tests.faults.cluster import LIMITS, Cluster
+from tests.faults.cluster import LARGE, LIMITS, Cluster
 from tests.faults.storm import check_ended, detached_job, known, submitted, terms
 from tests.service.processes import PATIENCE, ApiProcess, wait_until
 
 pytestmark = pytest.mark.anyio
-
-LARGE = {"model": "tiny-cond", "num_images": 64, "guidance_scale": 1.0, "denoise": True, "seed": 0}
 
 
 async def begun(api: ApiProcess, running: int = 1) -> None:

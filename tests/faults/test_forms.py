@@ -12,13 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.faults.cluster import Cluster, free_port
+from tests.faults.cluster import LARGE, Cluster, free_port
 from tests.service.pictures import answered, file, pixels
 from tests.service.processes import PATIENCE, ApiProcess, environment, metric, runs, tarflow, wait_until
 
 SECRET = "open-sesame"  # noqa: S105
 SMALL = {"model": "tiny-cond", "num_images": 1, "guidance_scale": 0, "denoise": False, "seed": 0}
-LARGE = {"model": "tiny-cond", "num_images": 64, "guidance_scale": 1.0, "denoise": True, "seed": 0}
 
 
 def score(url: str) -> httpx.Response:

@@ -20,7 +20,7 @@ def test_refusals_and_losses(start: Start, models: Path) -> None:
     server = start("--models", models, "--default-model", "tiny-cond", *flags).wait_ready()
     library = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
     stubborn = library.with_options(max_retries=2)
-    worker = server.worker()
+    worker = server.idle_worker()
     os.kill(worker, signal.SIGSTOP)
     with library, ThreadPoolExecutor(2) as pool:
         # The worker stands still with the one, and the other waits: nothing more is let in.
@@ -51,7 +51,7 @@ def test_streams_that_do_not_end_well(start: Start, models: Path) -> None:
     """A client that goes away takes its job with it; one that stays is told what became of it."""
     flags = ("--max-attempts", "1", "--ready-seconds", "600", "--lease-seconds", "600")
     server = start("--models", models, "--default-model", "tiny-cond", *flags).wait_ready()
-    worker = server.worker()
+    worker = server.idle_worker()
     os.kill(worker, signal.SIGSTOP)
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE) as library:
         stream = library.images.generate(prompt="cat", stream=True)
@@ -61,7 +61,7 @@ def test_streams_that_do_not_end_well(start: Start, models: Path) -> None:
         os.kill(worker, signal.SIGKILL)
         wait_until(lambda: server.children() not in ([], [worker]), "it has a successor")
         wait_until(lambda: len(server.get("/readyz").json()["workers"]) == 1, "the successor is ready")
-        os.kill(worker := server.worker(), signal.SIGSTOP)
+        os.kill(worker := server.idle_worker(), signal.SIGSTOP)
         stream = library.images.generate(prompt="cat", stream=True)
         wait_until(lambda: server.metric("tarflow_jobs_running") == 1, "the worker has a job")
         os.kill(worker, signal.SIGKILL)
