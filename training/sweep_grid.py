@@ -42,7 +42,7 @@ DEFAULT_GRIDS: Mapping[Mode, Grid] = {
     ),
 }
 """τ > 1 flattens the attention of the pass that samples are led away from: a vaguer model, as one without class is.
-With τ < 1 the bundled model's samples get no better (measured for τ 0.3 to 0.9, w 0.1 to 2)."""
+With τ < 1 the samples of an earlier bundled model got no better (measured for τ 0.3 to 0.9, w 0.1 to 2)."""
 
 
 def make_grids(

@@ -16,6 +16,8 @@ from tests.faults.storm import check_ended, detached_job, known, submitted, term
 from tests.service.processes import PATIENCE, ApiProcess, wait_until
 
 pytestmark = pytest.mark.anyio
+TOGETHER = ["--batch-rows", str(LARGE["num_images"])]
+"""All rows of a large request are one batch: none is finished before the others."""
 
 
 async def begun(api: ApiProcess, running: int = 1) -> None:
@@ -26,7 +28,7 @@ async def begun(api: ApiProcess, running: int = 1) -> None:
 
 
 async def test_a_client_that_goes_away_frees_its_rows_and_no_others(cluster: Cluster) -> None:
-    api, worker = cluster.api(), cluster.worker()
+    api, worker = cluster.api(), cluster.worker(*TOGETHER)
     await asyncio.to_thread(api.wait_ready)
     [child] = worker.children()
     broker = RedisBroker(cluster.url, LIMITS)
@@ -36,11 +38,11 @@ async def test_a_client_that_goes_away_frees_its_rows_and_no_others(cluster: Clu
         async with httpx.AsyncClient(base_url=api.url, timeout=PATIENCE) as client:
             request = asyncio.create_task(client.post("/v1/sample", json=LARGE))
             await begun(api)
+            # Stopped, so that the request is still being worked on when its client goes.
+            os.kill(child, signal.SIGSTOP)
             # What an asynchronous job's client does is of no concern to the job.
             detached = detached_job(model, 0)
             job_id = await submitted(broker, detached, terms(0))
-            # Stopped, so that the request is still being worked on when its client goes.
-            os.kill(child, signal.SIGSTOP)
             request.cancel()
             await asyncio.gather(request, return_exceptions=True)
         await broker.close()
@@ -66,7 +68,7 @@ async def test_a_client_that_goes_away_frees_its_rows_and_no_others(cluster: Clu
 
 
 async def test_a_killed_replica_takes_along_what_only_it_waited_for(cluster: Cluster) -> None:
-    api, other, worker = cluster.api(), cluster.api(), cluster.worker()
+    api, other, worker = cluster.api(), cluster.api(), cluster.worker(*TOGETHER)
     for each in (api, other):
         await asyncio.to_thread(each.wait_ready)
     [child] = worker.children()

@@ -137,7 +137,8 @@ def test_what_a_worker_cannot_finish_is_handed_back(cluster: Cluster) -> None:
 
 
 def test_all_leave_in_order(cluster: Cluster) -> None:
-    api, other, hasty = cluster.api(), cluster.api(), cluster.api("--drain-seconds", "0")
+    api, other = cluster.api("--drain-seconds", str(int(PATIENCE))), cluster.api()
+    hasty = cluster.api("--drain-seconds", "0")
     worker = cluster.worker("--grace-seconds", "120")
     for process in (api, other, hasty):
         process.wait_ready()

@@ -95,7 +95,7 @@ def test_what_was_asked_can_be_copied_and_asked_again(visitor: Visitor) -> None:
 def test_a_job_that_waits_says_so_and_can_be_canceled(
     visitor: Visitor, server: ServerProcess, client: httpx.Client
 ) -> None:
-    with stopped(server.idle_worker()):
+    with stopped(server.worker()):
         # Two that the worker has no time for, and which go first.
         ahead = [
             client.post("/v1/sample", json={"num_images": 16}, headers={"prefer": "respond-async"}).json()["links"]

@@ -53,19 +53,6 @@ def runs(pid: int) -> bool:
     return state != "Z"
 
 
-def waits(pid: int) -> bool:
-    """Whether a process has nothing to do: at ten moments in a row all its threads sleep."""
-    for _ in range(10):
-        try:
-            stats = [thread.read_text() for thread in Path(f"/proc/{pid}/task").glob("*/stat")]
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        if {stat.rpartition(")")[2].split()[0] for stat in stats} != {"S"}:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def metric(text: str, name: str, **labels: str) -> float:
     """Sum of a metric's samples with these labels, in Prometheus' text format."""
     return sum(
@@ -171,12 +158,6 @@ class ServerProcess(HttpProcess):
         children = self.children()
         assert len(children) == 1, children
         return children[0]
-
-    def idle_worker(self) -> int:
-        """Process id of the worker when it waits for a job: it has the next one, even if it is stopped before."""
-        worker = self.worker()
-        wait_until(lambda: waits(worker), "the worker waits for a job")
-        return worker
 
 
 class ApiProcess(HttpProcess):

@@ -79,7 +79,7 @@ def state(client: httpx.Client, job_id: str) -> str:
 def test_a_repetition_in_flight_is_refused_and_later_answered(patient: ServerProcess) -> None:
     with patient.client() as client, patient.client() as second, ThreadPoolExecutor(1) as pool:
         headers, before = {KEY: "in-flight"}, listed(client)
-        with stopped(patient.idle_worker()):
+        with stopped(patient.worker()):
             first = pool.submit(second.post, "/v1/sample", json={"class": "Bag"}, headers=headers)
             new_one(client, before)
             refused = client.post("/v1/sample", json={"class": "Bag"}, headers=headers)
@@ -98,7 +98,7 @@ def test_who_has_a_key_may_come_back_for_the_answer(patient: ServerProcess) -> N
     with patient.client() as client:
         for name, headers in (("sync", {}), ("stream", EVENTS), ("async", {"Prefer": "respond-async, wait=100"})):
             headers, before = {**headers, KEY: f"back-{name}"}, listed(client)
-            with stopped(patient.idle_worker()):
+            with stopped(patient.worker()):
                 caller = Caller(patient, **headers)
                 job_id = new_one(client, before)
                 caller.leave()
@@ -110,7 +110,7 @@ def test_who_has_a_key_may_come_back_for_the_answer(patient: ServerProcess) -> N
 
 
 def test_who_leaves_a_stream_takes_its_job_along(patient: ServerProcess) -> None:
-    with patient.client() as client, stopped(patient.idle_worker()):
+    with patient.client() as client, stopped(patient.worker()):
         caller = Caller(patient, **EVENTS)
         first = caller.first_event()
         assert first.kind == "queued"
@@ -123,7 +123,7 @@ def test_who_leaves_a_stream_takes_its_job_along(patient: ServerProcess) -> None
 def test_who_asked_for_an_asynchronous_job_may_leave(patient: ServerProcess, headers: dict[str, str]) -> None:
     with patient.client() as client:
         before = listed(client)
-        with stopped(patient.idle_worker()):
+        with stopped(patient.worker()):
             caller = Caller(patient, **headers)
             job_id = new_one(client, before)
             caller.leave()
@@ -132,7 +132,7 @@ def test_who_asked_for_an_asynchronous_job_may_leave(patient: ServerProcess, hea
 
 def test_a_reader_that_leaves_changes_nothing(patient: ServerProcess) -> None:
     with patient.client() as client:
-        with stopped(patient.idle_worker()):
+        with stopped(patient.worker()):
             job = accepted(client, "/v1/sample", BODY)
             for address in (job["links"]["events"], job["links"]["self"] + "?wait=100"):
                 connection = http.client.HTTPConnection(urlsplit(patient.url).netloc, timeout=180)
@@ -143,7 +143,7 @@ def test_a_reader_that_leaves_changes_nothing(patient: ServerProcess) -> None:
 
 def test_jobs_that_wait_can_be_canceled(patient: ServerProcess) -> None:
     with patient.client() as client, ThreadPoolExecutor(1) as pool:
-        with stopped(patient.idle_worker()):
+        with stopped(patient.worker()):
             jobs = [accepted(client, "/v1/sample", BODY) for _ in range(4)]
             # The worker may have asked for the first before it was stopped.
             shown = [client.get(job["links"]["self"]).json() for job in jobs[1:]]
@@ -166,7 +166,7 @@ def test_jobs_that_wait_can_be_canceled(patient: ServerProcess) -> None:
 
 
 def test_a_canceled_job_frees_its_key(patient: ServerProcess) -> None:
-    with patient.client() as client, stopped(patient.idle_worker()):
+    with patient.client() as client, stopped(patient.worker()):
         first = accepted(client, "/v1/sample", BODY, **{KEY: "canceled"})
         client.delete(first["links"]["self"])
         again = accepted(client, "/v1/sample", BODY, **{KEY: "canceled"})
@@ -175,7 +175,7 @@ def test_a_canceled_job_frees_its_key(patient: ServerProcess) -> None:
 
 
 def test_a_stream_ends_with_the_time_for_its_request(patient: ServerProcess) -> None:
-    with patient.client() as client, stopped(patient.idle_worker()):
+    with patient.client() as client, stopped(patient.worker()):
         headers = {**EVENTS, "X-Request-Timeout": "4"}
         last = told(client.post("/v1/sample", json=BODY, headers=headers))[-1]
         assert (last.kind, last.data["error"]["code"]) == ("failed", "timeout")
@@ -184,7 +184,7 @@ def test_a_stream_ends_with_the_time_for_its_request(patient: ServerProcess) -> 
 def test_with_a_key_work_goes_on_when_the_time_is_over(patient: ServerProcess) -> None:
     with patient.client() as client:
         before = listed(client)
-        with stopped(patient.idle_worker()):
+        with stopped(patient.worker()):
             late = client.post("/v1/sample", json=BODY, headers={KEY: "late", "X-Request-Timeout": "4"})
             assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
             assert "the same Idempotency-Key" in late.json()["error"]["message"]
@@ -211,7 +211,7 @@ def test_who_follows_hears_that_a_worker_was_lost(patient: ServerProcess) -> Non
 def test_time_is_not_endless(start: Start) -> None:
     server = start(*PATIENT, "--job-timeout", "0.5", "--result-seconds", "2").wait_ready()
     with server.client() as client:
-        with stopped(server.idle_worker()):
+        with stopped(server.worker()):
             jobs = [accepted(client, "/v1/sample", BODY) for _ in range(2)]
             failed = ended(client, jobs[1]["id"])
             assert (failed["state"], failed["error"]["code"]) == ("failed", "timeout")
@@ -242,7 +242,7 @@ def test_who_follows_is_told_when_the_service_leaves(start: Start) -> None:
     with ExitStack() as stack:
         client, other, third = (stack.enter_context(server.client()) for _ in range(3))
         pool = stack.enter_context(ThreadPoolExecutor(3))
-        stack.enter_context(stopped(server.idle_worker()))
+        stack.enter_context(stopped(server.worker()))
         job = accepted(client, "/v1/sample", BODY)
         follower = pool.submit(client.get, job["links"]["events"])
         before = listed(third)
