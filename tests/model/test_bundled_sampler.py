@@ -29,7 +29,7 @@ def make_sampler() -> Sampler:
 
 def rows_of(seeds: range) -> Rows:
     config = BUNDLE.config.flow
-    # Stronger than is recommended. With w = 2 rounding alone takes an image in hundreds beyond this tolerance.
+    # Stronger than is recommended. With w = 2 rounding alone takes one image in twenty beyond this tolerance.
     guidance = replace(BUNDLE.sampling, guidance_scale=1.0, attention_temperature=2.0, denoise=False)
     labels: list[int | None] = [None if seed % 11 == 10 else seed % 10 for seed in seeds]
     u_BTD = latents(seeds, config.num_patches, config.patch_dim)

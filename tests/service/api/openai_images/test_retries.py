@@ -54,8 +54,7 @@ def test_refusals_and_losses(start: Start, models: Path) -> None:
         # The worker stands still with the one, and the other waits: nothing more is let in.
         worker, first = standing_still(server, lambda: pool.submit(stubborn.images.generate, prompt="cat"))
         done = server.metric("tarflow_requests_total", outcome="ok")
-        asked = [first]
-        asked.append(pool.submit(stubborn.images.generate, prompt="dog"))
+        asked = [first, pool.submit(stubborn.images.generate, prompt="dog")]
         wait_until(lambda: server.metric("tarflow_queue_depth") == 1, "a job waits")
         with pytest.raises(openai.RateLimitError) as refused:
             library.images.generate(prompt="fox")
